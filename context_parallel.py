@@ -1,0 +1,415 @@
+"""Context parallelism: the choice of a backend, and `native`, the backend in plain PyTorch.
+
+A packed sequence of S tokens is cut into chunks, and each rank of the cp group gets equally many of
+them, chosen so that every rank has about the same number of (query, key) pairs to work on. The
+*runtime key* remembers who has what; it is built once per step and goes wherever the tokens go.
+
+    stream    | doc 0    | doc 1                  |doc 2| doc 3     |pad|
+    chunks    |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8  |  9  |
+    cp rank 0    0           2     3                 6                 9
+    cp rank 1          1                 4     5           7     8
+
+The functions below that carry the names of `magi_attention.api` have the same meaning, so that a
+caller can hold either (`load_api`). `native` gathers K and V of all ranks (before any repetition
+for grouped-query attention), computes its own queries' attention, and in backward reduce-scatters
+the gradients of K and V: the way of Llama 3 (https://arxiv.org/abs/2407.21783, section 3.3.2).
+
+Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `nh` heads, `nkv` key/value
+heads, `hd` head_dim.
+"""
+
+import functools
+import heapq
+import importlib
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+# torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+BACKENDS = ("auto", "magi_attention", "native")
+MIN_CHUNKS_PER_RANK = 8  # as in magi_attention: shorter sequences get smaller chunks
+FLEX_BLOCK_SIZE = 128  # FlexAttention's tile, in tokens
+
+
+# ---------------------------------------------------------------------------------------------
+# The choice of a backend
+# ---------------------------------------------------------------------------------------------
+
+
+def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tuple[str, str]:
+    """Returns the backend's name ("magi_attention" or "native") and the reason, one line.
+
+    requested: one of `BACKENDS`. dtype: the compute type, "bfloat16" or "float32". device: the
+    type of the device that will compute, "cuda" or "cpu".
+    Raises ValueError if `magi_attention` is asked for by name and cannot run.
+    """
+    if requested == "native":
+        return "native", "as configured"
+    obstacle = _magi_attention_obstacle(head_dim, dtype, device)
+    if obstacle is None:
+        found = "found, and this GPU is supported"
+        return "magi_attention", "as configured" if requested == "magi_attention" else found
+    if requested == "magi_attention":
+        raise ValueError(
+            f"parallel_config.context_parallel_backend='magi_attention' cannot run: {obstacle}. "
+            f"Mend that, or choose 'native' or 'auto'"
+        )
+    return "native", f"magi_attention cannot run: {obstacle}"
+
+
+def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | None:
+    """Returns what keeps magi_attention 1.1 from running here, or None."""
+    if dtype != "bfloat16":
+        return f"its kernels compute in bfloat16, and train_config.dtype is {dtype!r}"
+    if head_dim not in (64, 128):
+        return f"its kernels take a head_dim of 64 or 128, and the model's is {head_dim}"
+    try:
+        importlib.import_module("magi_attention.api")
+    except ModuleNotFoundError as error:
+        if error.name == "magi_attention":
+            return "it is not installed; it is built from source, see the README"
+        if error.name == "magi_attention.api":
+            return (
+                "the installed package is the empty placeholder of that name from PyPI, without "
+                "`magi_attention.api`; uninstall it and build the real one from source, see the "
+                "README"
+            )
+        hint = ", which it imports but does not declare" if error.name == "debugpy" else ""
+        return f"it needs the package {error.name!r}{hint}; `pip install {error.name}`"
+    except ImportError as error:
+        return f"importing it failed: {error}"
+    if device != "cuda":
+        return "it needs an NVIDIA GPU, and none is here"
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        name = torch.cuda.get_device_name()
+        return f"its kernels are for Hopper, capability 9.0, and {name} has {major}.{minor}"
+    return None
+
+
+def load_api(backend: str) -> ModuleType:
+    """Returns the module that holds the calls: `magi_attention.api`, or this one for `native`."""
+    return importlib.import_module("magi_attention.api") if backend == "magi_attention" else NATIVE
+
+
+NATIVE = sys.modules[__name__]
+
+
+# ---------------------------------------------------------------------------------------------
+# The runtime key
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """chunk_size: tokens per chunk at the most, the granularity of the load balance."""
+
+    chunk_size: int = 512
+
+
+@dataclass(frozen=True)
+class DistAttnConfig:
+    dispatch_config: DispatchConfig = DispatchConfig()
+
+
+@dataclass(frozen=True, eq=False)
+class DistAttnRuntimeKey:
+    """What the cp ranks agreed on for one packed sequence.
+
+    What a query sees is one interval of the stream, whatever the mask: from its document's first
+    token to itself (causal) or to its document's last (full). A padding token sees nothing.
+    """
+
+    cp_group: dist.ProcessGroup
+    total_seqlen: int  # tokens without padding
+    pad_size: int
+    chunk_size: int
+    partitions: list[list[int]]  # for each cp rank, its chunks, ascending
+    order: Tensor  # [S], stream positions in the order in which the ranks hold them
+    inverse_order: Tensor  # [S], where each stream position is in that order
+    seen_from: Tensor  # [S], by stream position: the first key a query sees
+    seen_to: Tensor  # [S], by stream position: one past the last
+    block_mask: BlockMask | None  # for FlexAttention, on a GPU
+
+
+def magi_attn_varlen_key(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    pad_size: int,
+    cp_group_or_mesh: dist.ProcessGroup | DeviceMesh,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),
+) -> DistAttnRuntimeKey:
+    """Plans one packed sequence: who holds which chunk, and what each query sees.
+
+    cu_seqlens_q, cu_seqlens_k: [documents + 1], int32, on the CPU: where documents begin and end.
+    num_heads_q, num_heads_kv, head_dim: unused here, part of the shared signature.
+    pad_size: 0; the key finds its own padding, as magi_attention does.
+    Raises ValueError for what `native` does not do: cross attention, windows, a given padding.
+    """
+    if not torch.equal(cu_seqlens_q, cu_seqlens_k):
+        raise ValueError("native attends within one sequence: cu_seqlens_q must equal cu_seqlens_k")
+    if window_size != (-1, -1) or pad_size != 0:
+        raise ValueError(
+            f"native takes window_size=(-1, -1) and pad_size=0, not {window_size} and {pad_size}"
+        )
+    mesh = cp_group_or_mesh
+    cp_group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
+    cp_size = dist.get_world_size(cp_group)
+
+    total_seqlen = int(cu_seqlens_q[-1])
+    auto_chunk_size = -(-total_seqlen // (MIN_CHUNKS_PER_RANK * cp_size))
+    chunk_size = min(dist_attn_config.dispatch_config.chunk_size, auto_chunk_size)
+    pad_size = -total_seqlen % (chunk_size * cp_size)
+
+    positions = torch.arange(total_seqlen)
+    starts, ends = cu_seqlens_q[:-1].long(), cu_seqlens_q[1:].long()
+    documents = torch.searchsorted(ends, positions, right=True)
+    seen_from = F.pad(starts[documents], (0, pad_size))
+    seen_to = F.pad(positions + 1 if causal else ends[documents], (0, pad_size))
+
+    chunk_areas = (seen_to - seen_from).view(-1, chunk_size).sum(dim=1)
+    partitions = balanced_partitions(chunk_areas.tolist(), cp_size)
+    chunks = torch.tensor(partitions).flatten()
+    order = (chunks[:, None] * chunk_size + torch.arange(chunk_size)).flatten()
+
+    block_mask = None
+    if dist.get_backend(cp_group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+        order, seen_from, seen_to = (x.to(device) for x in (order, seen_from, seen_to))
+        local = order.chunk(cp_size)[dist.get_rank(cp_group)]
+        block_mask = _block_mask(seen_from[local], seen_to[local], key_positions=order)
+    return DistAttnRuntimeKey(
+        cp_group=cp_group,
+        total_seqlen=total_seqlen,
+        pad_size=pad_size,
+        chunk_size=chunk_size,
+        partitions=partitions,
+        order=order,
+        inverse_order=torch.argsort(order),
+        seen_from=seen_from,
+        seen_to=seen_to,
+        block_mask=block_mask,
+    )
+
+
+def balanced_partitions(areas: list[int], cp_size: int) -> list[list[int]]:
+    """Deals chunks out to ranks: equally many each, their summed areas as equal as greed gets them.
+
+    The largest chunk that is left goes to the rank with the least area that still has room
+    (longest processing time first). `len(areas)` is a multiple of cp_size.
+    """
+    room = len(areas) // cp_size
+    partitions: list[list[int]] = [[] for _ in range(cp_size)]
+    heap = [(0, rank) for rank in range(cp_size)]
+    for chunk in sorted(range(len(areas)), key=lambda chunk: -areas[chunk]):
+        area, rank = heapq.heappop(heap)
+        partitions[rank].append(chunk)
+        if len(partitions[rank]) < room:
+            heapq.heappush(heap, (area + areas[chunk], rank))
+    return [sorted(chunks) for chunks in partitions]
+
+
+def get_position_ids(key: DistAttnRuntimeKey) -> Tensor:
+    """Returns the local tokens' positions in the packed stream (not in their documents), [s]."""
+    return _local_slice(key.order, key.cp_group)
+
+
+# ---------------------------------------------------------------------------------------------
+# Dispatch and undispatch
+# ---------------------------------------------------------------------------------------------
+
+
+def magi_attn_varlen_dispatch(
+    x: Tensor, *key_args, **key_kwargs
+) -> tuple[Tensor, DistAttnRuntimeKey]:
+    """Returns the local shard of x, [s, ...], and the key of `magi_attn_varlen_key(...)`."""
+    key = magi_attn_varlen_key(*key_args, **key_kwargs)
+    return dispatch(x, key), key
+
+
+def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tensor:
+    """Returns this rank's shard, [s, ...], of x, [total_seqlen, ...], the same on every cp rank.
+
+    The end of the sequence is padded with `pad_value`: give -100 for labels, since 0 is a token.
+    """
+    padding = (0, 0) * (x.ndim - 1) + (0, key.pad_size)
+    padded = F.pad(x, padding, value=pad_value)
+    return _KeepLocal.apply(padded.index_select(0, key.order), key.cp_group)
+
+
+def undispatch(x: Tensor, key: DistAttnRuntimeKey) -> Tensor:
+    """Returns the whole sequence, [total_seqlen, ...], of which x, [s, ...], is this rank's shard.
+
+    Every cp rank gets it, and in backward each takes its own rows of the gradient.
+    """
+    gathered = _Gather.apply(x, key.cp_group, False)
+    return gathered.index_select(0, key.inverse_order)[: key.total_seqlen]
+
+
+def _local_slice(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return x.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x: [s, ...]; returns [S, ...], the ranks' shards one after the other."""
+    gathered = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
+    all_gather_single(gathered, x.contiguous(), group=group)
+    return gathered
+
+
+class _KeepLocal(torch.autograd.Function):
+    """Forward: this rank's slice of the first dimension. Backward: all-gather."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _local_slice(x, group).clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_gather(grad, ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    """Forward: all-gather along the first dimension.
+
+    Backward: reduce-scatter where every rank used the whole tensor for queries of its own
+    (`sum_gradients`), this rank's slice where all ranks did the same with it.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, sum_gradients: bool) -> Tensor:
+        ctx.group, ctx.sum_gradients = group, sum_gradients
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        local = _local_slice(grad, ctx.group).contiguous()
+        if ctx.sum_gradients:
+            local = torch.empty_like(local)
+            reduce_scatter_single(local, grad.contiguous(), group=ctx.group)
+        return local, None, None
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------
+
+
+def calc_attn(q: Tensor, k: Tensor, v: Tensor, key) -> tuple[Tensor, object]:
+    """Attention of the local queries to all keys that the mask lets them see.
+
+    q: [s, nh, hd]; k, v: [s, nkv, hd]. key: of either backend; the key decides which one computes.
+    Returns (out, meta): out is [s, nh, hd], zero at padding; meta is magi_attention's, None here.
+    """
+    if not isinstance(key, DistAttnRuntimeKey):
+        # Strided inputs can give NaN gradients without a word in magi_attention 1.1.
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        return load_api("magi_attention").calc_attn(q, k, v, key)
+    kv = torch.stack([k, v], dim=1)  # one collective for both
+    if dist.get_world_size(key.cp_group) > 1:
+        kv = _Gather.apply(kv, key.cp_group, True)  # [S, 2, nkv, hd], in the ranks' order
+    if key.block_mask is not None:
+        return _flex_attention(q, kv, key.block_mask), None
+    return _sdpa_attention(q, kv.index_select(0, key.inverse_order), key), None
+
+
+def _sdpa_attention(q: Tensor, kv: Tensor, key: DistAttnRuntimeKey) -> Tensor:
+    """Attention chunk by chunk against the keys in stream order that the chunk's queries see.
+
+    q: [s, nh, hd]; kv: [S, 2, nkv, hd]; returns [s, nh, hd].
+    """
+    outs = []
+    local_chunks = key.partitions[dist.get_rank(key.cp_group)]
+    for chunk, q_chunk in zip(local_chunks, q.split(key.chunk_size), strict=True):
+        start = chunk * key.chunk_size
+        end = min(start + key.chunk_size, key.total_seqlen)
+        if start >= end:  # nothing but padding
+            outs.append(torch.zeros_like(q_chunk))
+            continue
+        seen_from, seen_to = key.seen_from[start:end], key.seen_to[start:end]
+        first, last = int(seen_from[0]), int(seen_to[-1])  # both grow along the stream
+        keys = torch.arange(first, last)
+        mask = (keys >= seen_from[:, None]) & (keys < seen_to[:, None])
+        k, v = kv[first:last].unbind(dim=1)
+        out = F.scaled_dot_product_attention(
+            q_chunk[: end - start].transpose(0, 1)[None],  # [1, nh, queries, hd]
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=mask,
+            enable_gqa=True,
+        )
+        out = out[0].transpose(0, 1)
+        outs.append(F.pad(out, (0, 0, 0, 0, 0, len(q_chunk) - len(out))))
+    return torch.cat(outs)
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def _flex_attention(q: Tensor, kv: Tensor, block_mask: BlockMask) -> Tensor:
+    """q: [s, nh, hd]; kv: [S, 2, nkv, hd], in the ranks' order; returns [s, nh, hd]."""
+    k, v = kv.unbind(dim=1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, hd]
+    out = _compiled_flex_attention()(q, k, v, block_mask=block_mask, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def _block_mask(seen_from: Tensor, seen_to: Tensor, key_positions: Tensor) -> BlockMask:
+    """Builds FlexAttention's block mask from the intervals, without the [s, S] mask itself.
+
+    seen_from, seen_to: [s], the interval of the stream that each local query sees.
+    key_positions: [S], the stream position of each gathered key.
+
+    A tile of 128 queries x 128 keys is skipped if no query's interval can meet the tile's keys, is
+    taken without a mask if every query sees every key, and masked element by element otherwise.
+    """
+
+    def visible(batch, head, q_index, kv_index):
+        position = key_positions[kv_index]
+        return (position >= seen_from[q_index]) & (position < seen_to[q_index])
+
+    # An empty interval (padding) must neither widen its tile's hull nor pass for "sees all".
+    far = torch.iinfo(torch.int64).max
+    lower = torch.where(seen_from < seen_to, seen_from, far)
+    (from_min, from_max), (to_min, to_max) = _tile_range(lower), _tile_range(seen_to)
+    key_min, key_max = _tile_range(key_positions)
+    meets = (key_max >= from_min[:, None]) & (key_min < to_max[:, None])
+    covered = (key_min >= from_max[:, None]) & (key_max < to_min[:, None])
+
+    def tiles(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns per query tile how many key tiles are chosen, and which, those first."""
+        count = chosen.sum(dim=-1, dtype=torch.int32)
+        index = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
+        return count[None, None], index[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *tiles(meets & ~covered),
+        *tiles(covered),
+        BLOCK_SIZE=FLEX_BLOCK_SIZE,
+        mask_mod=visible,
+        seq_lengths=(len(seen_from), len(key_positions)),
+    )
+
+
+def _tile_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the smallest and the largest value of each tile of 128; the last may be shorter."""
+    padded = torch.cat([x, x[-1:].expand(-len(x) % FLEX_BLOCK_SIZE)]).view(-1, FLEX_BLOCK_SIZE)
+    return padded.amin(dim=1), padded.amax(dim=1)

@@ -1,0 +1,177 @@
+"""The token stream: a batch is a pure function of (seed, step).
+
+Text becomes bytes: tokens 0 to 255 are the UTF-8 bytes of a document, 256 ends it. The stream is
+endless: every epoch deals out all documents once, in an order of its own, one after the other.
+Row r of the run is the r-th slice of `seqlen` tokens of that stream, and step n takes the rows from
+n x batch_size on. So no token is dropped or seen twice in an epoch, and any rank can build any row
+without having built another.
+"""
+
+import functools
+import glob
+import os
+import sysconfig
+from dataclasses import dataclass, field
+
+import numpy as np
+
+END_OF_DOCUMENT = 256
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Rows:
+    """Some rows of a global batch.
+
+    tokens, labels: [rows, seqlen], int64. A label is the token that follows in the same document,
+    `IGNORED_LABEL` where none does.
+    document_lengths: tokens of each piece of a document, row by row; each row's sum is seqlen.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    document_lengths: list[int]
+
+
+@dataclass(eq=False)
+class TextSource:
+    """Documents as bytes, in memory.
+
+    tokens: [tokens], uint16, all documents one after the other, each with its end-of-document.
+    starts: [documents + 1], int64: document d is tokens[starts[d] : starts[d + 1]].
+    description: one line for the log.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    seed: int
+    description: str
+    epochs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def rows(self, first_row: int, num_rows: int, seqlen: int) -> Rows:
+        """Returns the rows first_row to first_row + num_rows - 1 of the run."""
+        tokens = np.empty(num_rows * seqlen, dtype=np.int64)
+        labels = np.empty(num_rows * seqlen, dtype=np.int64)
+        document_lengths = []
+        filled = 0
+        while filled < len(tokens):
+            epoch, offset = divmod(first_row * seqlen + filled, len(self.tokens))
+            documents, ends = self._epoch(epoch)
+            place = np.searchsorted(ends, offset, side="right")
+            end = self.starts[documents[place] + 1]  # of this document, in self.tokens
+            begin = end - (ends[place] - offset)
+            length = int(min(end - begin, seqlen - filled % seqlen))
+            piece = slice(filled, filled + length)
+            tokens[piece] = self.tokens[begin : begin + length]
+            following = self.tokens[begin + 1 : min(begin + length + 1, end)]
+            labels[piece] = IGNORED_LABEL
+            labels[filled : filled + len(following)] = following
+            document_lengths.append(length)
+            filled += length
+        shape = (num_rows, seqlen)
+        return Rows(tokens.reshape(shape), labels.reshape(shape), document_lengths)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the epoch's order of documents, and where each ends in the epoch's stream."""
+        if epoch not in self.epochs:
+            documents = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts) - 1)
+            ends = np.cumsum(np.diff(self.starts)[documents])
+            # A batch lies in this epoch or reaches into the next: older ones are not asked again.
+            self.epochs = {e: known for e, known in self.epochs.items() if e == epoch - 1}
+            self.epochs[epoch] = documents, ends
+        return self.epochs[epoch]
+
+
+@dataclass(eq=False)
+class RandomSource:
+    """Uniformly random tokens and, independent of them, labels: nothing to learn, for timing."""
+
+    vocab_size: int
+    seed: int
+    description: str = "random tokens and labels, one document per row"
+
+    def rows(self, first_row: int, num_rows: int, seqlen: int) -> Rows:
+        """Returns the rows first_row to first_row + num_rows - 1 of the run."""
+        tokens, labels = (np.empty((num_rows, seqlen), dtype=np.int64) for _ in range(2))
+        for row in range(num_rows):
+            rng = np.random.default_rng([self.seed, first_row + row])
+            tokens[row] = rng.integers(self.vocab_size, size=seqlen)
+            labels[row] = rng.integers(self.vocab_size, size=seqlen)
+        return Rows(tokens, labels, [seqlen] * num_rows)
+
+
+@functools.lru_cache(maxsize=1)
+def open_source(
+    source: str, vocab_size: int, seed: int, skip_undecodable: bool
+) -> TextSource | RandomSource:
+    """Opens what `data_config.source` names; asked again for the same, it returns the same object.
+
+    source: `python-stdlib` (every .py file of the running interpreter's standard library),
+    `random`, or a path or glob of text files; a folder stands for all files below it.
+    skip_undecodable: leave out files that are not UTF-8, and say so in the description.
+
+    Raises ValueError if there is no such file, no text, a file that is not UTF-8 and not to be
+    skipped, or a token id beyond vocab_size.
+    """
+    if source == "random":
+        return RandomSource(vocab_size, seed)
+    if vocab_size <= END_OF_DOCUMENT:
+        raise ValueError(
+            f"data_config.source={source!r} has token ids up to {END_OF_DOCUMENT} (bytes and the "
+            f"end of a document), and the model's vocab_size is {vocab_size}; it must be at least "
+            f"{END_OF_DOCUMENT + 1}"
+        )
+    if source == "python-stdlib":
+        paths, skip_undecodable = _stdlib_paths(), True  # its own tests hold broken files
+    else:
+        paths = _text_paths(source)
+
+    documents, skipped = [], []
+    for path in paths:
+        with open(path, "rb") as file:
+            document = file.read()
+        try:
+            document.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if not skip_undecodable:
+                raise ValueError(
+                    f"{path} is not UTF-8 (byte {error.start}); convert or remove it, or leave "
+                    f"such files out with data_config.skip_undecodable=true"
+                ) from None
+            skipped.append(os.path.basename(path))
+            continue
+        documents.append(document)
+    if not any(documents):
+        raise ValueError(f"data_config.source={source!r} holds no text: {len(paths)} empty files")
+
+    lengths = np.array([len(document) + 1 for document in documents])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.empty(starts[-1], dtype=np.uint16)
+    for start, document in zip(starts[:-1], documents, strict=True):
+        tokens[start : start + len(document)] = np.frombuffer(document, dtype=np.uint8)
+    tokens[starts[1:] - 1] = END_OF_DOCUMENT
+    description = f"{source}, {len(documents):,} documents, {len(tokens):,} tokens"
+    if skipped:
+        description += f", without {len(skipped)} files that are not UTF-8: {', '.join(skipped)}"
+    return TextSource(tokens, starts, seed, description)
+
+
+def _stdlib_paths() -> list[str]:
+    root = sysconfig.get_path("stdlib")
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [s for s in subfolders if s not in ("site-packages", "dist-packages")]
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
+
+
+def _text_paths(source: str) -> list[str]:
+    pattern = os.path.join(source, "**") if os.path.isdir(source) else source
+    paths = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
+    paths = sorted(path for path in paths if os.path.isfile(path))
+    if not paths:
+        raise ValueError(
+            f"data_config.source={source!r} names no file; it must be 'python-stdlib', 'random', "
+            f"or a path or glob of text files"
+        )
+    return paths

@@ -1,0 +1,415 @@
+"""Pretrains a Llama with FSDP2 over a flattened dp_cp mesh and context parallelism.
+
+    python main.py model_config.preset=tiny train_config.dtype=float32    # one process, any machine
+    torchrun --nproc-per-node 8 main.py                                   # one node of 8 GPUs
+    bash run.sh data_config.seqlen=16384                                  # run.sh counts the GPUs
+
+The keys and their defaults are in llama_pretrain_config.py; `python main.py --help` lists them.
+
+Shapes in comments: `S` tokens of a packed sequence, `s` = S / cp tokens of this rank's shard.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import context_parallel
+import llama_pretrain_config
+from configuration_llama import LlamaConfig
+from data import IGNORED_LABEL, open_source
+from llama_pretrain_config import data_config, model_config, parallel_config, train_config
+from metrics import MetricsWriter, attention_area, describe_machine, log
+from modeling_llama import LlamaForCausalLM
+
+
+def init_env(backend: str) -> None:
+    """Joins the process group: torchrun's, or one of its own for a single process.
+
+    backend: "nccl" (one GPU per process) or "gloo" (CPU).
+    """
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def build_mesh() -> DeviceMesh:
+    """Returns the mesh (dp, cp). Neighbouring ranks share a sequence: cp stays within a node."""
+    cp_size = parallel_config["context_parallel_size"]
+    return init_device_mesh(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        (dist.get_world_size() // cp_size, cp_size),
+        mesh_dim_names=("dp", "cp"),
+    )
+
+
+def dp_cp_mesh(device_mesh: DeviceMesh) -> DeviceMesh:
+    """Returns all ranks as one dimension; the first call builds it, later calls return the same."""
+    return device_mesh["dp", "cp"]._flatten("dp_cp")
+
+
+def build_llama_config() -> LlamaConfig:
+    """Returns the model's shape: the preset with its overrides."""
+    return LlamaConfig.from_preset(model_config["preset"], model_config["overrides"])
+
+
+def build_llama_model() -> LlamaForCausalLM:
+    """Returns the model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(build_llama_config())
+    for layer in model.model.layers:
+        layer.activation_checkpointing = train_config["activation_checkpointing"]
+    return model
+
+
+def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
+    """Shards each decoder layer, and the root with what is left, over the 1-D dp_cp mesh.
+
+    Context parallelism gives each rank other tokens of a sequence just as data parallelism gives it
+    other sequences, so to FSDP both are one. Embedding and head stay together in the root's group:
+    two groups would split a tied weight in two, and its gradients with it.
+
+    The weights are float32 and gradients are reduced in float32, whatever the compute type.
+    cast_forward_inputs=False: FSDP's cast would try to copy the runtime key, which cannot be.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, train_config["dtype"]),
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=dp_cp, mp_policy=policy)
+    fully_shard(model, mesh=dp_cp, mp_policy=policy)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, initializer_range: float, seed: int) -> None:
+    """Fills the parameters: norms with 1, matrices from N(0, initializer_range^2).
+
+    Every rank draws each full matrix from a seed of its own and keeps its shard of it. So the
+    weights do not depend on the layout, and never more than one full matrix is in memory.
+    """
+    for index, param in enumerate(model.parameters()):
+        if param.ndim == 1:
+            param.fill_(1.0)
+            continue
+        generator = torch.Generator(param.device).manual_seed(seed * 1_000_003 + index)
+        full = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+        full.normal_(0.0, initializer_range, generator=generator)
+        if isinstance(param, DTensor):  # src_data_rank=None: cut out of this rank's own copy
+            full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+        param.copy_(full)
+
+
+def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> LlamaForCausalLM:
+    """Shards the meta model, then gives it memory on this rank's device, and weights."""
+    apply_fsdp(model, dp_cp_mesh(device_mesh))
+    model.to_empty(device=device_mesh.device_type)
+    init_weights(model, model.config.initializer_range, train_config["seed"])
+    return model
+
+
+def build_optimizer(
+    model: nn.Module, optimizer_config: dict
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Returns AdamW, with weight decay on matrices only, and its schedule, to be stepped per step.
+
+    Linear warm-up to learning_rate, then half a cosine down to min_learning_rate_ratio of it at
+    the last step. Called after sharding: the optimizer's state takes the parameters' sharding.
+    """
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": optimizer_config["weight_decay"]},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=optimizer_config["learning_rate"],
+        betas=optimizer_config["betas"],
+        eps=optimizer_config["eps"],
+    )
+    warmup, train_iters = optimizer_config["warmup_iters"], train_config["train_iters"]
+    floor = optimizer_config["min_learning_rate_ratio"]
+
+    def learning_rate_factor(train_iter: int) -> float:
+        if train_iter < warmup:
+            return (train_iter + 1) / warmup
+        progress = min(1.0, (train_iter - warmup + 1) / max(1, train_iters - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return optimizer, LambdaLR(optimizer, learning_rate_factor)
+
+
+def prepare_data(device_mesh: DeviceMesh, train_iter: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Returns this dp rank's part of step train_iter (the first is 0), one tuple per accumulation.
+
+    Each is (input_ids [S], labels [S], cu_seqlens [documents + 1], int32), on the CPU: the rows
+    squashed into one packed sequence, in which every row begins a new document. The cp ranks of one
+    dp rank get the same; the dp ranks together get the global batch, whatever the layout.
+    """
+    batch_size, seqlen = data_config["batch_size"], data_config["seqlen"]
+    accumulation = train_config["gradient_accumulation_steps"]
+    rank_rows = batch_size // device_mesh["dp"].size()
+    first_row = train_iter * batch_size + device_mesh["dp"].get_local_rank() * rank_rows
+    num_rows = rank_rows // accumulation
+    source = open_token_source()
+    micro_batches = []
+    for micro in range(accumulation):
+        rows = source.rows(first_row + micro * num_rows, num_rows, seqlen)
+        # A new cu_seqlens each time: magi_attention caches by tensor object. On the CPU and int32,
+        # it costs no device sync there.
+        lengths = torch.tensor([0, *rows.document_lengths], dtype=torch.int32)
+        cu_seqlens = lengths.cumsum(dim=0, dtype=torch.int32)
+        input_ids, labels = torch.from_numpy(rows.tokens), torch.from_numpy(rows.labels)
+        micro_batches.append((input_ids.flatten(), labels.flatten(), cu_seqlens))
+    return micro_batches
+
+
+def open_token_source():
+    """Returns the opened `data_config.source`; the first call reads it."""
+    return open_source(
+        data_config["source"],
+        build_llama_config().vocab_size,
+        data_config["seed"],
+        data_config["skip_undecodable"],
+    )
+
+
+def prepare_magi_attention(
+    input_ids: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    config: LlamaConfig,
+    device_mesh: DeviceMesh,
+) -> tuple[Tensor, Tensor, Tensor, context_parallel.DistAttnRuntimeKey]:
+    """Plans the attention of one packed sequence and deals its tokens out to the cp ranks.
+
+    Returns this rank's (input_ids [s], labels [s], position_ids [s], runtime key), on its device.
+    Padding is token 0 with label -100; position_ids count from the start of each document.
+
+    A collective over the cp group: every rank of it comes here in the same order.
+    """
+    api = context_parallel.load_api(parallel_config["context_parallel_backend"])
+    input_ids, labels = (x.to(device_mesh.device_type) for x in (input_ids, labels))
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    position_ids = (torch.arange(len(starts)) - starts).to(device_mesh.device_type)
+
+    # Deprecated in magi_attention's main in favour of magi_attn_varlen_key + dispatch, with the
+    # same arguments. pad_size=0 and the chunk size inside the config: the key pads by itself.
+    input_ids, key = api.magi_attn_varlen_dispatch(
+        input_ids,
+        cu_seqlens,
+        cu_seqlens,
+        num_heads_q=config.num_attention_heads,
+        num_heads_kv=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        pad_size=0,
+        cp_group_or_mesh=device_mesh.get_group("cp"),
+        causal=config.is_causal,
+        dist_attn_config=api.DistAttnConfig(
+            dispatch_config=api.DispatchConfig(chunk_size=parallel_config["chunk_size"])
+        ),
+    )
+    labels = api.dispatch(labels, key, pad_value=IGNORED_LABEL)
+    position_ids = api.dispatch(position_ids, key)
+    return input_ids, labels, position_ids, key
+
+
+def loss_func(loss_sum: Tensor, num_labels: Tensor, device_mesh: DeviceMesh) -> Tensor:
+    """Returns what this rank backpropagates: loss_sum x world size / num_labels.
+
+    loss_sum: the summed token losses of this rank's shard. num_labels: the labels that count in the
+    whole step, over all ranks and accumulation steps.
+
+    The loss of a step is (sum over all ranks) / (labels over all ranks), so its gradient is the sum
+    over ranks of d(loss_sum) / num_labels. FSDP averages gradients, dividing that sum by the world
+    size, which the factor here undoes. A mean per rank would weigh ranks with few labels too high.
+    """
+    return loss_sum * (dp_cp_mesh(device_mesh).size() / num_labels)
+
+
+def forward_backward(
+    model: LlamaForCausalLM, micro_batches: list[tuple], device_mesh: DeviceMesh
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Accumulates the gradients of one step.
+
+    micro_batches: of `prepare_data`. Returns (this rank's loss sum, the labels that count over all
+    ranks, the mask area over all ranks), each a scalar tensor, and the seconds spent on the keys.
+    """
+    # cp ranks hold the same labels before dispatch: the sum over dp is the sum over all.
+    counts = torch.zeros(2, dtype=torch.float64)
+    for _, labels, cu_seqlens in micro_batches:
+        counts[0] += (labels != IGNORED_LABEL).sum()
+        counts[1] += attention_area(cu_seqlens, model.config.is_causal)
+    counts = counts.to(device_mesh.device_type)
+    dist.all_reduce(counts, group=device_mesh.get_group("dp"))
+    num_labels, area = counts
+
+    loss_sum = torch.zeros((), device=device_mesh.device_type)
+    plan_seconds = 0.0
+    for micro_batch in micro_batches:
+        start = time.perf_counter()
+        input_ids, labels, position_ids, key = prepare_magi_attention(
+            *micro_batch, model.config, device_mesh
+        )
+        plan_seconds += time.perf_counter() - start
+        micro_loss_sum = model(input_ids, position_ids, key, labels)
+        loss_func(micro_loss_sum, num_labels.clamp(min=1), device_mesh).backward()
+        loss_sum += micro_loss_sum.detach()
+    return loss_sum, num_labels, area, plan_seconds
+
+
+def train(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: LambdaLR,
+    device_mesh: DeviceMesh,
+    train_iters: int,
+) -> None:
+    """The training loop: train_iters steps, each logged.
+
+    Raises FloatingPointError, before the weights are touched, if the loss or the gradient norm is
+    not finite.
+    """
+    model.train()
+    world = dp_cp_mesh(device_mesh)
+    writer = MetricsWriter(
+        train_config["output_dir"],
+        run_config={**llama_pretrain_config.sections(), "machine": describe_machine()},
+        llama_config=model.config,
+        tokens_per_step=data_config["batch_size"] * data_config["seqlen"],
+        world_size=world.size(),
+    )
+    step_start = time.perf_counter()
+    for train_iter in range(train_iters):
+        micro_batches = prepare_data(device_mesh, train_iter)
+        data_seconds = time.perf_counter() - step_start
+
+        loss_sum, num_labels, area, plan_seconds = forward_backward(
+            model, micro_batches, device_mesh
+        )
+        grad_norm = nn.utils.clip_grad_norm_(
+            model.parameters(), train_config["optimizer_config"]["max_clip_grad_norm"]
+        ).full_tensor()
+        total_loss = loss_sum.double()
+        dist.all_reduce(total_loss, group=world.get_group())
+
+        # The step's one wait for the device.
+        total_loss, num_labels, area, grad_norm = torch.stack(
+            [total_loss, num_labels, area, grad_norm.double()]
+        ).tolist()
+        loss = total_loss / max(1.0, num_labels)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise_not_finite(train_iter + 1, loss, grad_norm, loss_sum, model)
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+
+        step_seconds = time.perf_counter() - step_start
+        step_start += step_seconds
+        writer.write(
+            step=train_iter + 1,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            num_labels=int(num_labels),
+            area=area,
+            step_seconds=step_seconds,
+            plan_seconds=plan_seconds,
+            data_seconds=data_seconds,
+        )
+    writer.close()
+
+
+def raise_not_finite(
+    step: int, loss: float, grad_norm: float, loss_sum: Tensor, model: nn.Module
+) -> None:
+    """Raises FloatingPointError with what each rank knows of it. A collective over all ranks."""
+    bad = [
+        name
+        for name, param in model.named_parameters()
+        if param.grad is not None and not param.grad.to_local().isfinite().all()
+    ]
+    where = f"in {len(bad)} parameters, first {bad[0]}" if bad else "nowhere"
+    state = f"loss sum {loss_sum.item():.6g}, non-finite gradients {where}"
+    states = [""] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    raise FloatingPointError(
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the "
+        f"weights were changed. " + "; ".join(f"rank {r}: {s}" for r, s in enumerate(states))
+    )
+
+
+def set_up(arguments: list[str]) -> None:
+    """Resolves the config, chooses the backend and opens the data: all that can be wrong with what
+    a person asked for comes to light here, as a ValueError, before any process group exists.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    notes = llama_pretrain_config.resolve(arguments, world_size)
+    device = "cpu"
+    if torch.cuda.is_available():
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise ValueError(f"{local_rank + 1} or more processes on a node with {gpus} GPUs")
+        torch.cuda.set_device(local_rank)
+        device = "cuda"
+    config = build_llama_config()
+    requested = parallel_config["context_parallel_backend"]
+    backend, reason = context_parallel.select_backend(
+        requested, config.head_dim, train_config["dtype"], device
+    )
+    parallel_config["context_parallel_backend"] = backend
+    source = open_token_source()
+    try:
+        os.makedirs(train_config["output_dir"], exist_ok=True)
+        tempfile.TemporaryFile(dir=train_config["output_dir"]).close()
+    except OSError as error:
+        raise ValueError(
+            f"train_config.output_dir={train_config['output_dir']!r} cannot be written: {error}"
+        ) from None
+
+    for line in notes:
+        log(line)
+    log(f"machine: {', '.join(f'{k} {v}' for k, v in describe_machine().items())}")
+    cp_size = parallel_config["context_parallel_size"]
+    log(f"mesh: dp {world_size // cp_size} x cp {cp_size}")
+    log(f"attention: {backend} ({reason})")
+    log(f"data: {source.description}")
+    log(f"config: {json.dumps(llama_pretrain_config.sections())}")
+
+
+def main(arguments: list[str]) -> None:
+    set_up(arguments)
+    init_env("nccl" if torch.cuda.is_available() else "gloo")
+    device_mesh = build_mesh()
+    model = build_llama_model()
+    log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    parallelize_model(model, device_mesh)
+    optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
+    train(model, optimizer, lr_scheduler, device_mesh, train_config["train_iters"])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if "--help" in sys.argv or "-h" in sys.argv:
+        sys.exit(print(llama_pretrain_config.describe()))
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FloatingPointError) as error:
+        # All ranks come here with the same sentence. Rank 0 says it, and its exit makes torchrun
+        # end the others; one that is still there after a while is alone with its error.
+        if int(os.environ.get("RANK", 0)) != 0:
+            time.sleep(10)
+        sys.exit(f"error: {error}")

@@ -1,0 +1,225 @@
+"""What a run says of itself: its log line, `metrics.jsonl`, TensorBoard, FLOPs, and loss curves.
+
+    python metrics.py RUN [RUN ...] --output loss.png
+
+draws the loss of runs (folders that hold a metrics.jsonl) into one picture.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from configuration_llama import LlamaConfig
+
+# Dense bf16 FLOP/s by a part of `torch.cuda.get_device_name()`; NVIDIA's data sheets.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+def log(message: str) -> None:
+    """Prints on rank 0 alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, flush=True)
+
+
+def describe_machine() -> dict[str, str]:
+    """Returns what a result depends on beside the config: versions, hardware, commit."""
+    cuda = torch.cuda.is_available()
+    commit = ""
+    if shutil.which("git"):
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "cuda": str(torch.version.cuda) if cuda else "none",
+        "commit": commit or "unknown",
+    }
+
+
+def attention_area(cu_seqlens: torch.Tensor, causal: bool) -> float:
+    """Returns the (query, key) pairs of a packed sequence's mask: the sum of len^2, or of len^2/2.
+
+    cu_seqlens: [documents + 1], where documents begin and end.
+    """
+    squares = cu_seqlens.diff().double().square().sum().item()
+    return squares / 2 if causal else squares
+
+
+def training_flops(config: LlamaConfig, num_tokens: float, area: float) -> float:
+    """Returns the floating-point operations of one step, recomputation not counted.
+
+    num_tokens: trained on, over all ranks. area: of the attention mask, over all ranks.
+
+    A matrix product takes 2 FLOPs per weight and token, and backward computes two more of the same
+    size: 6 per weight. (The embedding is a look-up, the head a product, tied or not.) Attention is
+    two products, QK^T and PV, each 2 x head_dim FLOPs per head and pair, and again threefold:
+    12 x head_dim. (PaLM, https://arxiv.org/abs/2204.02311, appendix B, with the true mask area.)
+    """
+    hidden, q_size = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    layer = 2 * hidden * q_size + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size
+    weights = config.num_hidden_layers * layer + hidden * config.vocab_size
+    return 6 * weights * num_tokens + 12 * config.num_hidden_layers * q_size * area
+
+
+def peak_flops() -> float | None:
+    """Returns the dense bf16 FLOP/s of this rank's GPU, None where it is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib() -> float:
+    """Returns the most memory that this process has held so far: the GPU's, or on a CPU its own."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsWriter:
+    """Logs each step, and on rank 0 writes the run's folder.
+
+    `config.json` is the resolved config and the machine; `metrics.jsonl` has one object a step,
+    flushed. What an earlier run left under these names is kept, with a number added.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        run_config: dict[str, Any],
+        llama_config: LlamaConfig,
+        tokens_per_step: int,
+        world_size: int,
+    ) -> None:
+        """tokens_per_step: trained on by all ranks together; world_size: their number."""
+        self.llama_config = llama_config
+        self.tokens_per_step = tokens_per_step
+        self.world_size = world_size
+        self.train_iters = run_config["train_config"]["train_iters"]
+        self.file = self.tensorboard = None
+        if int(os.environ.get("RANK", 0)) != 0:
+            return
+        _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
+        with open(os.path.join(output_dir, "config.json"), "w") as file:
+            json.dump(run_config, file, indent=2)
+        self.file = open(os.path.join(output_dir, "metrics.jsonl"), "w")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # optional
+            return
+        self.tensorboard = SummaryWriter(os.path.join(output_dir, "tensorboard"))
+
+    def write(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        num_labels: int,
+        area: float,
+        step_seconds: float,
+        plan_seconds: float,
+        data_seconds: float,
+    ) -> None:
+        """step: the first is 1. num_labels, area: labels that counted and (query, key) pairs of the
+        attention mask, over all ranks. The seconds are this rank's.
+        """
+        flops = training_flops(self.llama_config, self.tokens_per_step, area)
+        flops_per_gpu = flops / self.world_size / step_seconds
+        peak = peak_flops()
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": learning_rate,
+            "tokens": num_labels,
+            "step_ms": step_seconds * 1e3,
+            "tokens_per_s": self.tokens_per_step / step_seconds,
+            "tflops_per_gpu": flops_per_gpu / 1e12,
+            "mfu": flops_per_gpu / peak if peak else None,
+            "peak_memory_gib": peak_memory_gib(),
+            "plan_ms": plan_seconds * 1e3,
+            "data_ms": data_seconds * 1e3,
+        }
+        log(format_step(record, self.train_iters))
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        if self.tensorboard is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for sink in (self.file, self.tensorboard):
+            if sink is not None:
+                sink.close()
+
+
+def format_step(record: dict[str, Any], train_iters: int) -> str:
+    """Returns the log line of one step: a fixed order, with units."""
+    mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
+    return (
+        f"step: {record['step']}/{train_iters}  loss: {record['loss']:.4f}  "
+        f"grad_norm: {record['grad_norm']:.4f}  lr: {record['lr']:.2e}  "
+        f"tokens: {record['tokens']:,}  step: {record['step_ms']:,.0f} ms  "
+        f"tps: {record['tokens_per_s']:,.0f}  tflops/gpu: {record['tflops_per_gpu']:.2f}  "
+        f"mfu: {mfu}  memory: {record['peak_memory_gib']:.2f} GiB  "
+        f"plan: {record['plan_ms']:.1f} ms  data: {record['data_ms']:.1f} ms"
+    )
+
+
+def _keep_earlier(output_dir: str, names: list[str]) -> None:
+    """Renames the files that are there to NAME.1, or the first number that is free for all."""
+    number = 1
+    while any(os.path.exists(os.path.join(output_dir, f"{name}.{number}")) for name in names):
+        number += 1
+    for name in names:
+        path = os.path.join(output_dir, name)
+        if os.path.exists(path):
+            os.rename(path, f"{path}.{number}")
+
+
+def plot(runs: list[str], output: str) -> None:
+    """Draws the loss over the steps of each run, a folder that holds a metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for run in runs:
+        with open(os.path.join(run, "metrics.jsonl")) as file:
+            records = [json.loads(line) for line in file]
+        axes.plot(
+            [record["step"] for record in records],
+            [record["loss"] for record in records],
+            label=f"{os.path.basename(os.path.normpath(run))} ({records[-1]['loss']:.2f})",
+            linewidth=1.2,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, title="run (last loss)")
+    figure.savefig(output, dpi=150)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--output", default="loss.png")
+    options = parser.parse_args()
+    plot(options.runs, options.output)

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Launches main.py on this node with torchrun; arguments are passed on.
+#
+#   bash run.sh                                        # all GPUs of this machine; without one, a small CPU run
+#   GPUS_PER_NODE=1 bash run.sh                        # one process
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash run.sh  # the first of two nodes
+#
+# Environment: GPUS_PER_NODE (default: the GPUs that are there, or 2 processes on the CPU), NNODES
+# (or WORLD_SIZE, as some schedulers set it; default 1), NODE_RANK (or RANK; default 0), MASTER_ADDR
+# (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+processes=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+nodes=${NNODES:-${WORLD_SIZE:-1}}
+node_rank=${NODE_RANK:-${RANK:-0}}
+
+if ((gpus > 0)); then
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
+else
+  # A laptop's run: the same code with a small model, about two minutes on two cores.
+  set -- model_config.preset=tiny data_config.seqlen=512 data_config.batch_size=4 \
+    train_config.train_iters=150 train_config.dtype=float32 \
+    train_config.activation_checkpointing=none train_config.output_dir=runs/tiny \
+    train_config.optimizer_config.learning_rate=2e-3 \
+    train_config.optimizer_config.warmup_iters=10 \
+    parallel_config.context_parallel_size="$processes" "$@"
+  cores=$(python -c 'import os; print(os.cpu_count())')
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+fi
+
+if ((nodes == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
+  rendezvous=(--standalone)
+else
+  rendezvous=(--nnodes "$nodes" --node-rank "$node_rank"
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-16989}")
+fi
+exec torchrun "${rendezvous[@]}" --nproc-per-node "$processes" main.py "$@"
