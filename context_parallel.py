@@ -337,13 +337,13 @@ def _sdpa_attention(q: Tensor, kv: Tensor, key: DistAttnRuntimeKey) -> Tensor:
     outs = []
     local_chunks = key.partitions[dist.get_rank(key.cp_group)]
     for chunk, q_chunk in zip(local_chunks, q.split(key.chunk_size), strict=True):
-        start = chunk * key.chunk_size
+        # Padding is left out, at the end of a chunk or as a whole one. Even then the empty product
+        # stands in the graph: this rank has to join the reduce-scatter of backward.
+        start = min(chunk * key.chunk_size, key.total_seqlen)
         end = min(start + key.chunk_size, key.total_seqlen)
-        if start >= end:  # nothing but padding
-            outs.append(torch.zeros_like(q_chunk))
-            continue
         seen_from, seen_to = key.seen_from[start:end], key.seen_to[start:end]
-        first, last = int(seen_from[0]), int(seen_to[-1])  # both grow along the stream
+        # Both grow along the stream.
+        first, last = (int(seen_from[0]), int(seen_to[-1])) if start < end else (0, 0)
         keys = torch.arange(first, last)
         mask = (keys >= seen_from[:, None]) & (keys < seen_to[:, None])
         k, v = kv[first:last].unbind(dim=1)

@@ -26,9 +26,9 @@ else
     train_config.optimizer_config.learning_rate=2e-3 \
     train_config.optimizer_config.warmup_iters=10 \
     parallel_config.context_parallel_size="$processes" "$@"
-  cores=$(python -c 'import os; print(os.cpu_count())')
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 fi
+cores=$(python -c 'import os; print(os.cpu_count())')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
 if ((nodes == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
   rendezvous=(--standalone)

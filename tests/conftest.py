@@ -1,0 +1,62 @@
+"""What several test files use: a process group of one, torchrun, and comparing tensors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes
+
+
+@pytest.fixture(scope="session")
+def cp_group():
+    """A cp group of one process, this one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """A clean environment for a child process: one thread, no GPU, nothing of an outer launcher."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES")
+    inherited = {name: value for name, value in os.environ.items() if name not in launcher}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
+    imports = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": imports}
+    return {**inherited, **fixed, "PATH": path, **extra}
+
+
+def run(*command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """Runs a command in the repository's root; a failure shows its output."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def torchrun(processes: int, *command, check=True, **env: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return run(*launcher, f"--nproc-per-node={processes}", *command, check=check, **env)
+
+
+def read_metrics(output_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").open()]
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """|value - reference| / |reference| in the 2-norm, in float64."""
+    value, reference = value.double(), reference.double()
+    return ((value - reference).norm() / reference.norm().clamp(min=1e-30)).item()

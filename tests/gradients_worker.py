@@ -1,0 +1,54 @@
+"""Run by torchrun from test_main.py: one step's gradients, by main.py's own functions, per case.
+
+Arguments: a file of cases (JSON) and the output file. A case holds config overrides, and
+`ignored_from_row`: labels of the global batch's rows from there on do not count.
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_
+
+import llama_pretrain_config
+import main
+from data import IGNORED_LABEL
+
+
+def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
+    """Returns loss, gradient norm, label count, and every weight and gradient as a full tensor."""
+    llama_pretrain_config.resolve(overrides, dist.get_world_size())
+    main.parallel_config["context_parallel_backend"] = "native"
+    mesh = main.build_mesh()
+    model = main.parallelize_model(main.build_llama_model(), mesh)
+    micro_batches = main.prepare_data(mesh, train_iter=1)
+    if ignored_from_row is not None:
+        seqlen = main.data_config["seqlen"]
+        rank_rows = main.data_config["batch_size"] // mesh["dp"].size()
+        row = mesh["dp"].get_local_rank() * rank_rows
+        for _, labels, _ in micro_batches:
+            for row_labels in labels.view(-1, seqlen):
+                if row >= ignored_from_row:
+                    row_labels[:] = IGNORED_LABEL
+                row += 1
+    loss_sum, num_labels, area, _ = main.forward_backward(model, micro_batches, mesh)
+    dist.all_reduce(loss_sum)
+    grad_norm = clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
+    return {
+        "loss": (loss_sum / num_labels).item(),
+        "grad_norm": grad_norm.item(),
+        "num_labels": num_labels.item(),
+        "area": area.item(),
+        "weights": {n: p.detach().full_tensor() for n, p in model.named_parameters()},
+        "gradients": {n: p.grad.full_tensor() for n, p in model.named_parameters()},
+    }
+
+
+if __name__ == "__main__":
+    cases = json.load(open(sys.argv[1]))
+    main.init_env("gloo")
+    results = [gradients(**case) for case in cases]
+    if dist.get_rank() == 0:
+        torch.save(results, sys.argv[2])
+    dist.destroy_process_group()

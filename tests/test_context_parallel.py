@@ -1,0 +1,130 @@
+"""`native` context parallelism against dense attention, and the choice of the backend."""
+
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT, torchrun
+
+import context_parallel
+from context_parallel import balanced_partitions, magi_attn_varlen_key, select_backend
+
+WORKER = ROOT / "tests/context_parallel_worker.py"
+
+
+@pytest.mark.parametrize("processes, cp_sizes", [(1, [1]), (3, [3]), (4, [2, 4])])
+def test_attention_and_its_gradients_equal_dense_attention(processes, cp_sizes):
+    """Also: dispatch then undispatch is the identity, and padding comes out as zero."""
+    torchrun(processes, WORKER, "cpu", *cp_sizes)
+
+
+def imbalance(partitions: list[list[int]], chunk_size: int, lengths: list[int]) -> float:
+    """Largest over mean area of the ranks, counted pair by pair from the documents."""
+    seen = torch.cat([torch.arange(1, length + 1) for length in lengths])  # keys of each query
+    areas = []
+    for chunks in partitions:
+        areas.append(sum(seen[c * chunk_size : (c + 1) * chunk_size].sum().item() for c in chunks))
+    return max(areas) / (sum(areas) / len(areas))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_load_of_64_random_documents_is_balanced_at_cp_8(seed, monkeypatch, cp_group):
+    lengths = torch.randint(1, 4096, (64,), generator=torch.Generator().manual_seed(seed)).tolist()
+    partitions, chunk_size = plan(lengths, 8, monkeypatch, cp_group)
+    assert imbalance(partitions, chunk_size, lengths) <= 1.1
+    assert sorted(sum(partitions, [])) == list(range(len(partitions[0]) * 8))
+    assert len({len(chunks) for chunks in partitions}) == 1  # equally many tokens each
+
+
+def test_load_of_one_causal_document_is_balanced_at_cp_8(monkeypatch, cp_group):
+    partitions, chunk_size = plan([65_536], 8, monkeypatch, cp_group)
+    assert imbalance(partitions, chunk_size, [65_536]) <= 1.1
+    halves = [list(range(8 * rank, 8 * rank + 8)) for rank in range(8)]  # what contiguous gives
+    assert imbalance(halves, 1024, [65_536]) > 1.8
+
+
+def plan(lengths, cp_size, monkeypatch, cp_group) -> tuple[list[list[int]], int]:
+    """Returns the partitions and chunk size of a key, on a group that says it has cp_size ranks."""
+    monkeypatch.setattr(context_parallel.dist, "get_world_size", lambda group=None: cp_size)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True)
+    return key.partitions, key.chunk_size
+
+
+def test_a_rank_that_has_its_share_of_chunks_gets_no_more():
+    assert balanced_partitions([1, 2, 3, 4], 2) == [[0, 3], [1, 2]]
+    assert balanced_partitions([9, 0, 0, 0], 2) == [[0, 3], [1, 2]]
+
+
+def test_what_native_cannot_do_is_refused(cp_group):
+    cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="window_size"):
+        magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, window_size=(128, 0))
+    with pytest.raises(ValueError, match="cu_seqlens_q must equal cu_seqlens_k"):
+        magi_attn_varlen_key(cu_seqlens, cu_seqlens + 1, 4, 2, 64, 0, cp_group)
+
+
+# The choice of the backend. What a real placeholder is, an importable package without `api`, was
+# seen in the one that PyPI has under the name magi_attention, version 0.0.1.
+
+
+def refuse(sentence: str, head_dim: int = 64, dtype: str = "bfloat16") -> None:
+    """Asked for by name it is an error that says why; `auto` takes native and gives that reason."""
+    with pytest.raises(ValueError, match=f"'magi_attention' cannot run: {sentence}"):
+        select_backend("magi_attention", head_dim, dtype, "cpu")
+    backend, reason = select_backend("auto", head_dim, dtype, "cpu")
+    assert backend == "native"
+    assert reason.startswith("magi_attention cannot run")
+
+
+@pytest.fixture
+def no_magi_attention(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "magi_attention"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
+
+
+def test_float32_and_other_head_dims_are_refused():
+    refuse("its kernels compute in bfloat16.*'float32'", dtype="float32")
+    refuse("its kernels take a head_dim of 64 or 128.* is 32", head_dim=32)
+
+
+def test_an_absent_package_is_refused(no_magi_attention):
+    refuse("it is not installed; it is built from source")
+
+
+def test_the_empty_placeholder_from_pypi_is_refused(no_magi_attention, tmp_path, monkeypatch):
+    (tmp_path / "magi_attention").mkdir()
+    (tmp_path / "magi_attention/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    refuse("the installed package is the empty placeholder.*PyPI")
+
+
+def test_a_missing_debugpy_is_named(no_magi_attention, tmp_path, monkeypatch):
+    (tmp_path / "magi_attention").mkdir()
+    (tmp_path / "magi_attention/__init__.py").write_text("")
+    (tmp_path / "magi_attention/api.py").write_text("import debugpy")
+    monkeypatch.syspath_prepend(tmp_path)
+    refuse("it needs the package 'debugpy', which it imports but does not declare")
+
+
+def test_a_machine_without_gpu_is_refused(no_magi_attention, monkeypatch):
+    monkeypatch.setitem(sys.modules, "magi_attention", types.ModuleType("magi_attention"))
+    monkeypatch.setitem(sys.modules, "magi_attention.api", types.ModuleType("magi_attention.api"))
+    refuse("it needs an NVIDIA GPU")
+
+
+def test_native_is_always_there():
+    assert select_backend("native", 31, "float32", "cpu") == ("native", "as configured")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_flex_attention_equals_dense_attention_in_float64(processes):
+    """bfloat16 on the GPU, all within 1e-2 of float64."""
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} GPUs, and {torch.cuda.device_count()} are here")
+    gpus = ",".join(map(str, range(processes)))
+    torchrun(processes, WORKER, "cuda", processes, CUDA_VISIBLE_DEVICES=gpus)

@@ -1,0 +1,237 @@
+"""The central promise, that no gradient depends on the layout; and the other parts of main.py."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import reference
+import torch
+from conftest import ROOT, relative_error, torchrun
+
+import llama_pretrain_config
+import main
+from configuration_llama import LlamaConfig
+from data import IGNORED_LABEL, open_source
+from modeling_llama import LlamaForCausalLM
+
+SEQLEN, BATCH_SIZE = 101, 4  # an odd length: chunks and cp ranks do not divide it, so it is padded
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (dp, cp)
+ACCUMULATION = [1, 2]
+# Rows whose labels are all ignored: from row 2 on, the second of two dp ranks has none that count.
+VARIANTS = list(itertools.product([True, False], [None, 2]))  # (tied, ignored_from_row)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Documents of uneven lengths, some of one token (an empty file), some longer than a row."""
+    path = tmp_path_factory.mktemp("documents")
+    generator = torch.Generator().manual_seed(0)
+    for i, size in enumerate([0, 0, 1, 2, 5, 13, 37, 100, 101, 160, 333]):
+        text = torch.randint(32, 127, (size,), generator=generator, dtype=torch.uint8)
+        (path / f"{i:02}.txt").write_bytes(bytes(text))
+    return str(path)
+
+
+def overrides(folder, cp, accumulation, tied):
+    return [
+        "model_config.preset=tiny",
+        # Larger weights than usual, so that attention is far from uniform.
+        f'model_config.overrides={{"tie_word_embeddings": {json.dumps(tied)}, '
+        f'"initializer_range": 0.1, "num_hidden_layers": 2}}',
+        f"data_config.source={folder}",
+        f"data_config.seqlen={SEQLEN}",
+        f"data_config.batch_size={BATCH_SIZE}",
+        "train_config.dtype=float32",
+        f"train_config.gradient_accumulation_steps={accumulation}",
+        f"parallel_config.context_parallel_size={cp}",
+        "parallel_config.chunk_size=16",
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory):
+    """{(dp, cp, accumulation, tied, ignored_from_row): what the worker found}"""
+    path = tmp_path_factory.mktemp("results")
+    found = {}
+    for world_size in (1, 2, 4):
+        layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] == world_size]
+        keys = [
+            (*layout, accumulation, *variant)
+            for layout in layouts
+            for accumulation in ACCUMULATION
+            for variant in VARIANTS
+        ]
+        cases = [
+            {"overrides": overrides(folder, cp, accumulation, tied), "ignored_from_row": ignored}
+            for _, cp, accumulation, tied, ignored in keys
+        ]
+        (path / "cases.json").write_text(json.dumps(cases))
+        torchrun(
+            world_size, ROOT / "tests/gradients_worker.py", path / "cases.json", path / "out.pt"
+        )
+        found |= dict(zip(keys, torch.load(path / "out.pt"), strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(folder, results):
+    """{(tied, ignored_from_row): loss, gradients, ...} of the dense reference, in float64."""
+    rows = open_source(folder, 257, 42, False).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
+    tokens = torch.from_numpy(rows.tokens).flatten()
+    found = {}
+    for tied, ignored_from_row in VARIANTS:
+        labels = torch.from_numpy(rows.labels).clone()
+        if ignored_from_row is not None:
+            labels[ignored_from_row:] = IGNORED_LABEL
+        documents = list(
+            zip(
+                tokens.split(rows.document_lengths),
+                labels.flatten().split(rows.document_lengths),
+                strict=True,
+            )
+        )
+        weights = {
+            name: weight.double().requires_grad_()
+            for name, weight in results[1, 1, 1, tied, ignored_from_row]["weights"].items()
+        }
+        config = LlamaConfig.from_preset(
+            "tiny", {"num_hidden_layers": 2, "tie_word_embeddings": tied}
+        )
+        loss = reference.mean_loss(weights, documents, config)
+        loss.backward()
+        gradients = {name: weight.grad for name, weight in weights.items()}
+        found[tied, ignored_from_row] = {
+            "loss": loss.item(),
+            "gradients": gradients,
+            "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),
+            "num_labels": (labels != IGNORED_LABEL).sum().item(),
+            "area": sum(len(doc) ** 2 / 2 for doc, _ in documents),
+        }
+    return found
+
+
+@pytest.mark.parametrize("tied, ignored_from_row", VARIANTS)
+@pytest.mark.parametrize("accumulation", ACCUMULATION)
+@pytest.mark.parametrize("dp, cp", LAYOUTS)
+def test_loss_and_gradients_do_not_depend_on_the_layout(
+    dp, cp, accumulation, tied, ignored_from_row, results, expected
+):
+    result = results[dp, cp, accumulation, tied, ignored_from_row]
+    truth = expected[tied, ignored_from_row]
+    assert result["num_labels"] == truth["num_labels"]
+    assert result["area"] == truth["area"]
+    assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+    assert result["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
+    assert result["gradients"].keys() == truth["gradients"].keys()
+    for name, gradient in result["gradients"].items():
+        assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
+
+
+def test_weights_do_not_depend_on_the_layout(results):
+    """Nor on FSDP: they are those of the plain model, initialised by the same seed."""
+    for (dp, cp, accumulation, tied, _), result in results.items():
+        config = LlamaConfig.from_preset(
+            "tiny", {"num_hidden_layers": 2, "tie_word_embeddings": tied}
+        )
+        plain = LlamaForCausalLM(config)
+        main.init_weights(plain, 0.1, seed=42)
+        for name, weight in plain.named_parameters():
+            assert torch.equal(weight, result["weights"][name]), (dp, cp, accumulation, name)
+    another = LlamaForCausalLM(config)
+    main.init_weights(another, 0.1, seed=43)
+    assert not torch.equal(another.lm_head.weight, plain.lm_head.weight)
+
+
+def test_initial_weights_are_those_of_the_config():
+    model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {}))
+    main.init_weights(model, 0.02, seed=1)
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+    for name, weight in matrices.items():
+        assert weight.std().item() == pytest.approx(0.02, rel=0.02), name
+        assert abs(weight.mean().item()) < 0.0005, name
+    assert (model.model.norm.weight == 1).all()
+    first_rows = [weight.flatten()[:8].tolist() for weight in matrices.values()]
+    assert len({tuple(row) for row in first_rows}) == len(matrices)  # no two start alike
+
+
+def test_adamw_decays_matrices_alone_and_steps_like_the_formula():
+    """One step against AdamW written out (https://arxiv.org/abs/1711.05101, algorithm 2)."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {"num_hidden_layers": 1}))
+    optimizer, lr_scheduler = main.build_optimizer(
+        model, {**main.train_config["optimizer_config"], "weight_decay": 0.5, "warmup_iters": 4}
+    )
+    before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    learning_rate = 3e-4 / 4  # the first of four warm-up steps
+    for name, param in model.named_parameters():
+        grad, decay = param.grad.double(), 0.5 if param.ndim == 2 else 0.0
+        # Bias correction in the first step makes m = g and v = g^2.
+        step = grad / (grad.abs() + 1e-8) + decay * before[name]
+        after = before[name] - learning_rate * step
+        assert relative_error(param - before[name], after - before[name]) < 1e-3, name
+        assert relative_error(param, after) < 1e-6, name
+
+
+def test_learning_rate_warms_up_and_decays_to_the_floor(monkeypatch):
+    monkeypatch.setitem(main.train_config, "train_iters", 110)
+    config = {**main.train_config["optimizer_config"], "warmup_iters": 10, "learning_rate": 1.0}
+    optimizer, lr_scheduler = main.build_optimizer(torch.nn.Linear(2, 2), config)
+    rates = []
+    for _ in range(110):
+        rates.append(lr_scheduler.get_last_lr()[0])
+        optimizer.step()
+        lr_scheduler.step()
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[59] == pytest.approx(0.1 + 0.9 / 2)  # half-way down the cosine
+    assert rates[109] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.fixture
+def config():
+    """The config dicts, restored afterwards: `resolve` and `set_up` write into them."""
+    before = copy.deepcopy(llama_pretrain_config.sections())
+    yield
+    for name, section in llama_pretrain_config.sections().items():
+        section.clear()
+        section.update(before[name])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    config, cp_group, folder, tmp_path
+):
+    output_dir = f"train_config.output_dir={tmp_path}"
+    main.set_up([*overrides(folder, cp=1, accumulation=1, tied=True), output_dir])
+    mesh = main.build_mesh()
+    model = main.parallelize_model(main.build_llama_model(), mesh)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("inf")
+    optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan .*rank 0: loss sum"):
+        main.train(model, optimizer, lr_scheduler, mesh, train_iters=5)
+    for param, weight in zip(model.parameters(), before, strict=True):
+        assert torch.equal(param.full_tensor(), weight)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("data_config.source=/nowhere/*.txt", "data_config.source='/nowhere/*.txt' names no file"),
+        ("model_config.preset=llama-2b", "must be one of tiny, llama-1b, llama-3b, llama-8b"),
+        ("model_config.overrides.num_key_value_heads=3", "must be a multiple of"),
+        ("model_config.overrides.vocab_size=100", "token ids up to 256"),
+        ("parallel_config.context_parallel_backend=magi_attention", "cannot run: its kernels"),
+        ("train_config.output_dir=/dev/null/run", "output_dir='/dev/null/run' cannot be written"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_built(config, folder, override, sentence):
+    with pytest.raises(ValueError) as error:
+        main.set_up([*overrides(folder, cp=1, accumulation=1, tied=True), override])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)

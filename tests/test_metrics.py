@@ -1,0 +1,109 @@
+"""FLOPs against torch's own counter, and what a run writes."""
+
+import json
+
+import pytest
+import reference
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configuration_llama import PRESETS
+from metrics import MetricsWriter, attention_area, plot, training_flops
+from modeling_llama import LlamaForCausalLM
+
+STEP = dict(
+    loss=2.5,
+    grad_norm=1.25,
+    learning_rate=3e-4,
+    num_labels=4090,
+    area=1e6,
+    step_seconds=0.5,
+    plan_seconds=0.001,
+    data_seconds=0.002,
+)
+KEYS = (
+    "step loss grad_norm lr tokens step_ms tokens_per_s tflops_per_gpu mfu peak_memory_gib plan_ms "
+    "data_ms"
+).split()
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_flops_are_those_of_the_matrix_products(is_causal):
+    """The reference's forward pass, every product of it counted by torch, times three."""
+    config = PRESETS["tiny"]
+    weights = {n: p.double() for n, p in LlamaForCausalLM(config).state_dict().items()}
+    lengths = [50, 14]
+    with FlopCounterMode(display=False) as counter:
+        for length in lengths:
+            reference.logits(weights, torch.zeros(length, dtype=torch.long), config)
+    full_area = sum(length**2 for length in lengths)
+    assert training_flops(config, sum(lengths), full_area) == 3 * counter.get_total_flops()
+
+    cu_seqlens = torch.tensor([0, 50, 64], dtype=torch.int32)
+    assert attention_area(cu_seqlens, is_causal) == (full_area / 2 if is_causal else full_area)
+
+
+def write_run(output_dir, steps):
+    config = {"train_config": {"train_iters": steps}}
+    writer = MetricsWriter(str(output_dir), config, PRESETS["tiny"], 4096, world_size=2)
+    for step in range(1, steps + 1):
+        writer.write(step=step, **STEP)
+    writer.close()
+
+
+def test_metrics_jsonl_has_one_object_a_step_in_a_fixed_order(tmp_path):
+    write_run(tmp_path, 3)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [list(record) for record in records] == [KEYS] * 3
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert records[0]["tokens_per_s"] == 8192
+    flops = training_flops(PRESETS["tiny"], 4096, 1e6)
+    assert records[0]["tflops_per_gpu"] == pytest.approx(flops / 2 / 0.5 / 1e12)
+
+
+def test_the_log_line_has_a_fixed_order_and_units(tmp_path, capsys):
+    write_run(tmp_path, 1)
+    line = capsys.readouterr().out.strip()
+    names = [field.split(": ")[0] for field in line.split("  ")]
+    assert names == (
+        ["step", "loss", "grad_norm", "lr", "tokens", "step", "tps", "tflops/gpu", "mfu"]
+        + ["memory", "plan", "data"]
+    )
+    assert line.startswith(
+        "step: 1/1  loss: 2.5000  grad_norm: 1.2500  lr: 3.00e-04  tokens: 4,090"
+    )
+    for part in ("step: 500 ms", "tps: 8,192", "GiB", "plan: 1.0 ms", "data: 2.0 ms"):
+        assert part in line
+
+
+def test_other_ranks_are_silent_and_write_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    write_run(tmp_path, 1)
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_run_is_kept(tmp_path):
+    for steps in (1, 2, 3):
+        write_run(tmp_path, steps)
+    for name, steps in (("metrics.jsonl.1", 1), ("metrics.jsonl.2", 2), ("metrics.jsonl", 3)):
+        assert len((tmp_path / name).read_text().splitlines()) == steps
+    assert json.loads((tmp_path / "config.json.1").read_text())["train_config"]["train_iters"] == 1
+
+
+def test_tensorboard_gets_every_figure(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_run(tmp_path, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 2.5)]
+    assert set(events.Tags()["scalars"]) == set(KEYS) - {"step", "mfu"}  # no mfu on a CPU
+
+
+def test_plot_draws_several_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, 2)
+    plot([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "loss.png"))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

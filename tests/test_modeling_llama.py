@@ -1,0 +1,154 @@
+"""The model against transformers' LlamaForCausalLM and against the reference in float64."""
+
+import dataclasses
+import math
+
+import pytest
+import reference
+import torch
+import transformers
+from conftest import relative_error
+
+from configuration_llama import LLAMA_32_ROPE, PRESETS, LlamaConfig
+from context_parallel import magi_attn_varlen_dispatch
+from modeling_llama import LlamaForCausalLM, rope_cos_sin
+
+SMALL = LlamaConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+)
+CONFIGS = {
+    "grouped_query_tied": SMALL,
+    "untied": dataclasses.replace(SMALL, tie_word_embeddings=False),
+    "multi_head": dataclasses.replace(SMALL, num_key_value_heads=6),
+    "multi_query_wide_heads": dataclasses.replace(SMALL, num_key_value_heads=1, head_dim=16),
+    # Short original length, so that kept, blended and stretched frequencies all occur.
+    "rope_scaling": dataclasses.replace(
+        SMALL,
+        rope_theta=10_000.0,
+        rope_scaling={**LLAMA_32_ROPE, "factor": 8.0, "original_max_position_embeddings": 64},
+    ),
+}
+
+
+def run_model(model, tokens, lengths, cp_group, labels=None, **kwargs):
+    """Runs a packed sequence on one process; returns logits or loss sum in stream order."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    config = model.config
+    tokens, key = magi_attn_varlen_dispatch(
+        tokens,
+        cu_seqlens,
+        cu_seqlens,
+        num_heads_q=config.num_attention_heads,
+        num_heads_kv=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        pad_size=0,
+        cp_group_or_mesh=cp_group,
+        causal=config.is_causal,
+    )
+    pad = key.pad_size
+    positions = torch.nn.functional.pad(positions, (0, pad))
+    if labels is not None:
+        labels = torch.nn.functional.pad(labels, (0, pad), value=-100)
+        return model(tokens, positions, key, labels, **kwargs)
+    return model(tokens, positions, key)[: len(tokens) - pad]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients_equal_transformers(name, cp_group):
+    config = CONFIGS[name]
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**config.to_hf(), attn_implementation="eager")
+    ).float()
+    for param in theirs.parameters():  # norms too: a weight of 1 would hide a missing one
+        torch.nn.init.normal_(param, 1.0 if param.ndim == 1 else 0.0, 0.2)
+    ours = LlamaForCausalLM(config)
+    ours.load_state_dict(theirs.state_dict())
+
+    tokens = torch.randint(config.vocab_size, (150,))
+    their_logits = theirs(tokens[None]).logits[0]
+    our_logits = run_model(ours, tokens, [150], cp_group)
+    assert relative_error(our_logits, their_logits) < 1e-5
+
+    weight = torch.randn_like(their_logits)
+    (their_logits * weight).sum().backward()
+    (our_logits * weight).sum().backward()
+    their_grads = {n: p.grad for n, p in theirs.named_parameters()}
+    our_grads = {n: p.grad for n, p in ours.named_parameters()}
+    assert our_grads.keys() == their_grads.keys()
+    for param_name, grad in our_grads.items():
+        assert relative_error(grad, their_grads[param_name]) < 1e-5, param_name
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_documents_do_not_see_each_other(is_causal, cp_group):
+    """Packed documents equal the reference, which gets them one at a time."""
+    torch.manual_seed(1)
+    config = dataclasses.replace(CONFIGS["rope_scaling"], is_causal=is_causal)
+    model = LlamaForCausalLM(config)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, 1.0 if param.ndim == 1 else 0.0, 0.2)
+    lengths = [1, 40, 2, 1, 77, 13]
+    tokens = torch.randint(config.vocab_size, (sum(lengths),))
+    logits = run_model(model, tokens, lengths, cp_group)
+
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+    expected = [reference.logits(weights, doc, config) for doc in tokens.split(lengths)]
+    assert relative_error(logits, torch.cat(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("loss_chunk_size", [7, 64, 2048])
+@pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
+def test_loss_chunks_and_recomputation_change_no_gradient(
+    loss_chunk_size, activation_checkpointing, cp_group
+):
+    torch.manual_seed(2)
+    config = CONFIGS["untied"]
+    model = LlamaForCausalLM(config)
+    tokens, labels = torch.randint(config.vocab_size, (2, 60))
+    labels[10:20] = -100
+
+    logits = run_model(model, tokens, [20, 40], cp_group)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    expected.backward()
+    expected_grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    for layer in model.model.layers:
+        layer.activation_checkpointing = activation_checkpointing
+    loss_sum = run_model(
+        model, tokens, [20, 40], cp_group, labels=labels, loss_chunk_size=loss_chunk_size
+    )
+    loss_sum.backward()
+    assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
+    for param, grad in zip(model.parameters(), expected_grads, strict=True):
+        assert relative_error(param.grad, grad) < 1e-5
+
+
+def test_labels_that_are_all_ignored_give_zero_and_no_nan(cp_group):
+    model = LlamaForCausalLM(SMALL)
+    labels = torch.full((16,), -100)
+    loss_sum = run_model(model, torch.arange(16), [16], cp_group, labels=labels)
+    loss_sum.backward()
+    assert loss_sum.item() == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_rope_angles_stay_exact_at_a_million_tokens():
+    """Against Python's own arithmetic; an angle in float32 would be off by hundredths here."""
+    config = PRESETS["tiny"]
+    position = 1_048_575
+    cos, sin = rope_cos_sin(config, torch.tensor([position]))
+    for i in range(config.head_dim // 2):
+        angle = position * config.rope_theta ** (-2 * i / config.head_dim)
+        assert cos[0, i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+        assert sin[0, i].item() == pytest.approx(math.sin(angle), abs=1e-6)

@@ -1,0 +1,154 @@
+"""What only whole runs show: the launcher, several nodes, the files of a run, and how runs fail."""
+
+import json
+import socket
+import subprocess
+
+import pytest
+from conftest import ROOT, environment, read_metrics, run, torchrun
+
+# Three steps of a model that takes a moment.
+SHORT = [
+    "model_config.preset=tiny",
+    'model_config.overrides={"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96}',
+    "data_config.seqlen=100",
+    "data_config.batch_size=4",
+    "train_config.train_iters=3",
+    "train_config.dtype=float32",
+    "train_config.optimizer_config.learning_rate=1e-2",
+    "train_config.optimizer_config.warmup_iters=1",
+]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The metrics and the output of the run on one process, without a launcher."""
+    output_dir = tmp_path_factory.mktemp("one_process")
+    result = run("python", "main.py", *SHORT, f"train_config.output_dir={output_dir}")
+    return output_dir, result.stdout
+
+
+def assert_same_training(output_dir, reference_dir):
+    records, references = read_metrics(output_dir), read_metrics(reference_dir)
+    assert len(records) == len(references) == 3
+    for record, reference in zip(records, references, strict=True):
+        for key in ("step", "lr", "tokens"):
+            assert record[key] == reference[key]
+        for key in ("loss", "grad_norm"):
+            assert record[key] == pytest.approx(reference[key], rel=1e-5), (key, record["step"])
+
+
+def test_a_run_describes_itself_and_learns(one_process):
+    output_dir, stdout = one_process
+    lines = stdout.splitlines()
+    starts = [line.split(":")[0] for line in lines]
+    assert starts == (
+        "one process,machine,mesh,attention,data,config,model,step,step,step".split(",")
+    )
+    assert "python " in lines[1] and "torch " in lines[1] and "CPU" in lines[1]
+    assert lines[2] == "mesh: dp 1 x cp 1"
+    assert lines[3].startswith("attention: native (magi_attention cannot run: ")
+    config = json.loads((output_dir / "config.json").read_text())
+    assert config["data_config"]["seqlen"] == 100
+    assert config["parallel_config"]["context_parallel_size"] == 1
+    assert config["parallel_config"]["context_parallel_backend"] == "native"
+    assert config["machine"]["torch"]
+    records = read_metrics(output_dir)
+    assert records[0]["loss"] == pytest.approx(5.66, abs=0.1)  # ln(288): nothing is known yet
+    assert records[2]["loss"] < records[0]["loss"] - 0.3
+
+
+def test_run_sh_on_three_processes_trains_the_same(one_process, tmp_path):
+    """cp 3: neither the length nor the head counts are divisible by it."""
+    result = run("bash", "run.sh", *SHORT, f"train_config.output_dir={tmp_path}", GPUS_PER_NODE="3")
+    assert "mesh: dp 1 x cp 3" in result.stdout
+    assert_same_training(tmp_path, one_process[0])
+
+
+def test_two_nodes_train_the_same_as_one(one_process, tmp_path):
+    """Two run.sh on this machine; the second is told so by a scheduler's names."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    nodes = [
+        {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+        {"WORLD_SIZE": "2", "RANK": "1"},
+    ]
+    arguments = [*SHORT, f"train_config.output_dir={tmp_path}"]
+    arguments.append("parallel_config.context_parallel_size=2")
+    running = [
+        subprocess.Popen(
+            ["bash", "run.sh", *arguments],
+            cwd=ROOT,
+            env=environment(GPUS_PER_NODE="2", MASTER_PORT=port, **node),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in nodes
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    assert "mesh: dp 2 x cp 2" in outputs[0]
+    assert "step:" not in outputs[1], "only rank 0 speaks"
+    assert_same_training(tmp_path, one_process[0])
+
+
+def test_bfloat16_follows_float32(one_process, tmp_path):
+    run(
+        "python",
+        "main.py",
+        *SHORT,
+        "train_config.dtype=bfloat16",
+        f"train_config.output_dir={tmp_path}",
+    )
+    for record, reference in zip(read_metrics(tmp_path), read_metrics(one_process[0]), strict=True):
+        assert record["loss"] == pytest.approx(reference["loss"], rel=1e-2)
+        assert record["loss"] != reference["loss"]
+
+
+def test_random_tokens_teach_nothing(tmp_path):
+    run(
+        "python",
+        "main.py",
+        *SHORT,
+        "data_config.source=random",
+        f"train_config.output_dir={tmp_path}",
+    )
+    records = read_metrics(tmp_path)
+    assert len({record["loss"] for record in records}) == 3
+    assert all(record["tokens"] == 400 for record in records)
+    assert min(record["loss"] for record in records) > 5.5
+
+
+def test_an_error_is_said_once_by_rank_0_and_ends_every_process():
+    result = torchrun(2, "main.py", *SHORT, "data_config.seqln=5", check=False)
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert said == [
+        "error: unknown key 'data_config.seqln'; the nearest is 'data_config.seqlen'; see --help"
+    ]
+    assert result.stdout == ""
+
+
+def test_a_gradient_that_overflows_stops_all_ranks_with_their_state(tmp_path):
+    result = torchrun(
+        2,
+        "main.py",
+        *SHORT,
+        "train_config.optimizer_config.learning_rate=1e30",
+        f"train_config.output_dir={tmp_path}",
+        check=False,
+    )
+    assert result.returncode != 0
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith("error: step 2: the loss is ")
+    assert "stopped before the weights were changed. rank 0: " in said
+    assert "; rank 1: " in said
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+
+
+def test_help_lists_the_keys():
+    result = run("python", "main.py", "--help")
+    for key in ("data_config.seqlen=8192", "train_config.optimizer_config.betas=(0.9, 0.95)"):
+        assert key in result.stdout
