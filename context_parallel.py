@@ -112,7 +112,7 @@ NATIVE = sys.modules[__name__]
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """chunk_size: tokens per chunk at the most, the granularity of the load balance."""
+    """chunk_size: tokens per chunk at the most (on a GPU rounded up to whole tiles of 128)."""
 
     chunk_size: int = 512
 
@@ -171,9 +171,12 @@ def magi_attn_varlen_key(
     cp_group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
     cp_size = dist.get_world_size(cp_group)
 
+    on_gpu = dist.get_backend(cp_group) == "nccl"
     total_seqlen = int(cu_seqlens_q[-1])
     auto_chunk_size = -(-total_seqlen // (MIN_CHUNKS_PER_RANK * cp_size))
     chunk_size = min(dist_attn_config.dispatch_config.chunk_size, auto_chunk_size)
+    if on_gpu:  # whole tiles
+        chunk_size = -(-chunk_size // FLEX_BLOCK_SIZE) * FLEX_BLOCK_SIZE
     pad_size = -total_seqlen % (chunk_size * cp_size)
 
     positions = torch.arange(total_seqlen)
@@ -188,7 +191,7 @@ def magi_attn_varlen_key(
     order = (chunks[:, None] * chunk_size + torch.arange(chunk_size)).flatten()
 
     block_mask = None
-    if dist.get_backend(cp_group) == "nccl":
+    if on_gpu:
         device = torch.device("cuda", torch.cuda.current_device())
         order, seen_from, seen_to = (x.to(device) for x in (order, seen_from, seen_to))
         local = order.chunk(cp_size)[dist.get_rank(cp_group)]
@@ -410,6 +413,6 @@ def _block_mask(seen_from: Tensor, seen_to: Tensor, key_positions: Tensor) -> Bl
 
 
 def _tile_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the smallest and the largest value of each tile of 128; the last may be shorter."""
-    padded = torch.cat([x, x[-1:].expand(-len(x) % FLEX_BLOCK_SIZE)]).view(-1, FLEX_BLOCK_SIZE)
-    return padded.amin(dim=1), padded.amax(dim=1)
+    """Returns the smallest and the largest value of each tile of 128."""
+    tiles = x.view(-1, FLEX_BLOCK_SIZE)
+    return tiles.amin(dim=1), tiles.amax(dim=1)

@@ -14,6 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes
 
 
+def pytest_configure(config) -> None:
+    """Hides the GPUs, but from `pytest -m gpu`: all other tests run on the CPU everywhere."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def cp_group():
     """A cp group of one process, this one."""
