@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 
 import torch
@@ -29,16 +28,25 @@ import llama_pretrain_config
 from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL, open_source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
-from metrics import MetricsWriter, attention_area, describe_machine, log
+from metrics import (
+    MetricsWriter,
+    attention_area,
+    describe_machine,
+    exit_with,
+    log,
+    make_output_dir,
+)
 from modeling_llama import LlamaForCausalLM
 
 
 def init_env(backend: str) -> None:
-    """Joins the process group: torchrun's, or one of its own for a single process.
+    """Joins the launcher's process group, or makes one of its own for a single process.
 
-    backend: "nccl" (one GPU per process) or "gloo" (CPU).
+    backend: "nccl", with the GPU that LOCAL_RANK says, or "gloo", on the CPU.
     """
-    if "RANK" in os.environ:
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -291,6 +299,7 @@ def train(
         tokens_per_step=data_config["batch_size"] * data_config["seqlen"],
         world_size=world.size(),
     )
+    max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
     step_start = time.perf_counter()
     for train_iter in range(train_iters):
         micro_batches = prepare_data(device_mesh, train_iter)
@@ -299,19 +308,18 @@ def train(
         loss_sum, num_labels, area, plan_seconds = forward_backward(
             model, micro_batches, device_mesh
         )
-        grad_norm = nn.utils.clip_grad_norm_(
-            model.parameters(), train_config["optimizer_config"]["max_clip_grad_norm"]
-        ).full_tensor()
+        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         total_loss = loss_sum.double()
         dist.all_reduce(total_loss, group=world.get_group())
 
         # The step's one wait for the device.
-        total_loss, num_labels, area, grad_norm = torch.stack(
-            [total_loss, num_labels, area, grad_norm.double()]
+        total_loss, num_labels, area, norm = torch.stack(
+            [total_loss, num_labels, area, grad_norm.full_tensor().double()]
         ).tolist()
         loss = total_loss / max(1.0, num_labels)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise_not_finite(train_iter + 1, loss, grad_norm, loss_sum, model)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise_not_finite(train_iter + 1, loss, norm, loss_sum, model)
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, grad_norm)
         learning_rate = lr_scheduler.get_last_lr()[0]
         optimizer.step()
         lr_scheduler.step()
@@ -322,7 +330,7 @@ def train(
         writer.write(
             step=train_iter + 1,
             loss=loss,
-            grad_norm=grad_norm,
+            grad_norm=norm,
             learning_rate=learning_rate,
             num_labels=int(num_labels),
             area=area,
@@ -353,32 +361,27 @@ def raise_not_finite(
 
 
 def set_up(arguments: list[str]) -> None:
-    """Resolves the config, chooses the backend and opens the data: all that can be wrong with what
-    a person asked for comes to light here, as a ValueError, before any process group exists.
+    """Resolves the config, chooses the backend, opens the data, and logs what will run.
+
+    All that can be wrong with what a person asked for comes to light here, as a ValueError of one
+    sentence, before any process group exists.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     notes = llama_pretrain_config.resolve(arguments, world_size)
-    device = "cpu"
-    if torch.cuda.is_available():
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise ValueError(f"{local_rank + 1} or more processes on a node with {gpus} GPUs")
-        torch.cuda.set_device(local_rank)
-        device = "cuda"
+    on_gpu = torch.cuda.is_available()
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if on_gpu and processes > gpus:
+        raise ValueError(f"{processes} processes on a node with {gpus} GPUs; start at most {gpus}")
     config = build_llama_config()
-    requested = parallel_config["context_parallel_backend"]
     backend, reason = context_parallel.select_backend(
-        requested, config.head_dim, train_config["dtype"], device
+        parallel_config["context_parallel_backend"],
+        config.head_dim,
+        train_config["dtype"],
+        "cuda" if on_gpu else "cpu",
     )
     parallel_config["context_parallel_backend"] = backend
     source = open_token_source()
-    try:
-        os.makedirs(train_config["output_dir"], exist_ok=True)
-        tempfile.TemporaryFile(dir=train_config["output_dir"]).close()
-    except OSError as error:
-        raise ValueError(
-            f"train_config.output_dir={train_config['output_dir']!r} cannot be written: {error}"
-        ) from None
+    make_output_dir(train_config["output_dir"])
 
     for line in notes:
         log(line)
@@ -391,25 +394,25 @@ def set_up(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    set_up(arguments)
+    try:
+        set_up(arguments)
+    except ValueError as error:
+        exit_with(error)
     init_env("nccl" if torch.cuda.is_available() else "gloo")
     device_mesh = build_mesh()
     model = build_llama_model()
     log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
     parallelize_model(model, device_mesh)
     optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
-    train(model, optimizer, lr_scheduler, device_mesh, train_config["train_iters"])
+    try:
+        train(model, optimizer, lr_scheduler, device_mesh, train_config["train_iters"])
+    except FloatingPointError as error:
+        exit_with(error)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
-        sys.exit(print(llama_pretrain_config.describe()))
-    try:
+        print(llama_pretrain_config.describe())
+    else:
         main(sys.argv[1:])
-    except (ValueError, FloatingPointError) as error:
-        # All ranks come here with the same sentence. Rank 0 says it, and its exit makes torchrun
-        # end the others; one that is still there after a while is alone with its error.
-        if int(os.environ.get("RANK", 0)) != 0:
-            time.sleep(10)
-        sys.exit(f"error: {error}")

@@ -13,6 +13,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from typing import Any
 
 import torch
@@ -27,6 +29,18 @@ def log(message: str) -> None:
     """Prints on rank 0 alone."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, flush=True)
+
+
+def exit_with(error: Exception) -> None:
+    """Ends this process with the error in one sentence, said once.
+
+    All ranks come here with the same sentence. Rank 0 says it, and its exit makes torchrun end the
+    others; a rank that is still there after a while is alone with its error, and speaks too.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank != 0:
+        time.sleep(10)
+    sys.exit(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}")
 
 
 def describe_machine() -> dict[str, str]:
@@ -84,6 +98,17 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def make_output_dir(output_dir: str) -> None:
+    """Makes the folder where it is missing. Raises ValueError if it cannot be written."""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(
+            f"train_config.output_dir={output_dir!r} cannot be written: {error}"
+        ) from None
 
 
 class MetricsWriter:

@@ -21,7 +21,9 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
     llama_pretrain_config.resolve(overrides, dist.get_world_size())
     main.parallel_config["context_parallel_backend"] = "native"
     mesh = main.build_mesh()
-    model = main.parallelize_model(main.build_llama_model(), mesh)
+    model = main.build_llama_model()
+    assert all(p.is_meta for p in model.parameters())
+    main.parallelize_model(model, mesh)
     micro_batches = main.prepare_data(mesh, train_iter=1)
     if ignored_from_row is not None:
         seqlen = main.data_config["seqlen"]
@@ -40,6 +42,7 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
         "grad_norm": grad_norm.item(),
         "num_labels": num_labels.item(),
         "area": area.item(),
+        "local_parameters": sum(p.to_local().numel() for p in model.parameters()),
         "weights": {n: p.detach().full_tensor() for n, p in model.named_parameters()},
         "gradients": {n: p.grad.full_tensor() for n, p in model.named_parameters()},
     }

@@ -128,6 +128,13 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
 
 
+def test_each_rank_holds_its_share_of_the_model(results):
+    """And nothing before: the worker sees that the model is on the meta device until sharded."""
+    for (dp, cp, *_), result in results.items():
+        parameters = sum(weight.numel() for weight in result["weights"].values())
+        assert result["local_parameters"] == parameters / (dp * cp)
+
+
 def test_weights_do_not_depend_on_the_layout(results):
     """Nor on FSDP: they are those of the plain model, initialised by the same seed."""
     for (dp, cp, accumulation, tied, _), result in results.items():
