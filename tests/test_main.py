@@ -1,7 +1,6 @@
 """The central promise, that no gradient depends on the layout; and the other parts of main.py."""
 
 import copy
-import itertools
 import json
 
 import pytest
@@ -18,8 +17,15 @@ from modeling_llama import LlamaForCausalLM
 SEQLEN, BATCH_SIZE = 101, 4  # an odd length: chunks and cp ranks do not divide it, so it is padded
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (dp, cp)
 ACCUMULATION = [1, 2]
-# Rows whose labels are all ignored: from row 2 on, the second of two dp ranks has none that count.
-VARIANTS = list(itertools.product([True, False], [None, 2]))  # (tied, ignored_from_row)
+# (tied, is_causal, ignored_from_row): if labels are ignored from row 2 on, the second of two dp
+# ranks has none that count.
+VARIANTS = [
+    (True, True, None),
+    (True, True, 2),
+    (False, True, None),
+    (False, True, 2),
+    (True, False, None),
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +39,20 @@ def folder(tmp_path_factory):
     return str(path)
 
 
-def overrides(folder, cp, accumulation, tied):
+def shape(tied=True, is_causal=True) -> dict:
+    """Fields that replace the preset's. Larger weights than usual: attention far from uniform."""
+    return {
+        "num_hidden_layers": 2,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": tied,
+        "is_causal": is_causal,
+    }
+
+
+def overrides(folder, cp, accumulation, **shape_fields):
     return [
         "model_config.preset=tiny",
-        # Larger weights than usual, so that attention is far from uniform.
-        f'model_config.overrides={{"tie_word_embeddings": {json.dumps(tied)}, '
-        f'"initializer_range": 0.1, "num_hidden_layers": 2}}',
+        f"model_config.overrides={json.dumps(shape(**shape_fields))}",
         f"data_config.source={folder}",
         f"data_config.seqlen={SEQLEN}",
         f"data_config.batch_size={BATCH_SIZE}",
@@ -51,7 +65,7 @@ def overrides(folder, cp, accumulation, tied):
 
 @pytest.fixture(scope="module")
 def results(folder, tmp_path_factory):
-    """{(dp, cp, accumulation, tied, ignored_from_row): what the worker found}"""
+    """{(dp, cp, accumulation, *variant): what the worker found}"""
     path = tmp_path_factory.mktemp("results")
     found = {}
     for world_size in (1, 2, 4):
@@ -63,8 +77,11 @@ def results(folder, tmp_path_factory):
             for variant in VARIANTS
         ]
         cases = [
-            {"overrides": overrides(folder, cp, accumulation, tied), "ignored_from_row": ignored}
-            for _, cp, accumulation, tied, ignored in keys
+            {
+                "overrides": overrides(folder, cp, accumulation, tied=tied, is_causal=is_causal),
+                "ignored_from_row": ignored_from_row,
+            }
+            for _, cp, accumulation, tied, is_causal, ignored_from_row in keys
         ]
         (path / "cases.json").write_text(json.dumps(cases))
         torchrun(
@@ -76,11 +93,12 @@ def results(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder, results):
-    """{(tied, ignored_from_row): loss, gradients, ...} of the dense reference, in float64."""
+    """{variant: loss, gradients, ...} of the dense reference, in float64."""
     rows = open_source(folder, 257, 42, False).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
     tokens = torch.from_numpy(rows.tokens).flatten()
     found = {}
-    for tied, ignored_from_row in VARIANTS:
+    for variant in VARIANTS:
+        tied, is_causal, ignored_from_row = variant
         labels = torch.from_numpy(rows.labels).clone()
         if ignored_from_row is not None:
             labels[ignored_from_row:] = IGNORED_LABEL
@@ -93,32 +111,29 @@ def expected(folder, results):
         )
         weights = {
             name: weight.double().requires_grad_()
-            for name, weight in results[1, 1, 1, tied, ignored_from_row]["weights"].items()
+            for name, weight in results[(1, 1, 1, *variant)]["weights"].items()
         }
-        config = LlamaConfig.from_preset(
-            "tiny", {"num_hidden_layers": 2, "tie_word_embeddings": tied}
-        )
+        config = LlamaConfig.from_preset("tiny", shape(tied, is_causal))
         loss = reference.mean_loss(weights, documents, config)
         loss.backward()
         gradients = {name: weight.grad for name, weight in weights.items()}
-        found[tied, ignored_from_row] = {
+        found[variant] = {
             "loss": loss.item(),
             "gradients": gradients,
             "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),
             "num_labels": (labels != IGNORED_LABEL).sum().item(),
-            "area": sum(len(doc) ** 2 / 2 for doc, _ in documents),
+            "area": sum(len(doc) ** 2 / (2 if is_causal else 1) for doc, _ in documents),
         }
     return found
 
 
-@pytest.mark.parametrize("tied, ignored_from_row", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("accumulation", ACCUMULATION)
 @pytest.mark.parametrize("dp, cp", LAYOUTS)
 def test_loss_and_gradients_do_not_depend_on_the_layout(
-    dp, cp, accumulation, tied, ignored_from_row, results, expected
+    dp, cp, accumulation, variant, results, expected
 ):
-    result = results[dp, cp, accumulation, tied, ignored_from_row]
-    truth = expected[tied, ignored_from_row]
+    result, truth = results[(dp, cp, accumulation, *variant)], expected[variant]
     assert result["num_labels"] == truth["num_labels"]
     assert result["area"] == truth["area"]
     assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
@@ -137,10 +152,8 @@ def test_each_rank_holds_its_share_of_the_model(results):
 
 def test_weights_do_not_depend_on_the_layout(results):
     """Nor on FSDP: they are those of the plain model, initialised by the same seed."""
-    for (dp, cp, accumulation, tied, _), result in results.items():
-        config = LlamaConfig.from_preset(
-            "tiny", {"num_hidden_layers": 2, "tie_word_embeddings": tied}
-        )
+    for (dp, cp, accumulation, tied, *_), result in results.items():
+        config = LlamaConfig.from_preset("tiny", shape(tied))
         plain = LlamaForCausalLM(config)
         main.init_weights(plain, 0.1, seed=42)
         for name, weight in plain.named_parameters():
@@ -212,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     config, cp_group, folder, tmp_path
 ):
     output_dir = f"train_config.output_dir={tmp_path}"
-    main.set_up([*overrides(folder, cp=1, accumulation=1, tied=True), output_dir])
+    main.set_up([*overrides(folder, cp=1, accumulation=1), output_dir])
     mesh = main.build_mesh()
     model = main.parallelize_model(main.build_llama_model(), mesh)
     with torch.no_grad():
@@ -224,6 +237,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     for param, weight in zip(model.parameters(), before, strict=True):
         assert torch.equal(param.full_tensor(), weight)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_positions_count_within_documents_and_labels_pad_with_ignored(config, cp_group, folder):
+    main.set_up(overrides(folder, cp=1, accumulation=1))
+    mesh = main.build_mesh()
+    ((input_ids, labels, cu_seqlens),) = main.prepare_data(mesh, train_iter=0)
+    assert cu_seqlens.dtype == torch.int32
+    local_ids, local_labels, position_ids, key = main.prepare_magi_attention(
+        input_ids, labels, cu_seqlens, main.build_llama_config(), mesh
+    )
+    assert key.pad_size == len(local_ids) - BATCH_SIZE * SEQLEN > 0
+    expected = torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()])
+    assert torch.equal(position_ids[: -key.pad_size], expected)
+    assert torch.equal(local_ids[: -key.pad_size], input_ids)
+    assert torch.equal(local_labels[: -key.pad_size], labels)
+    assert (local_labels[-key.pad_size :] == IGNORED_LABEL).all()
 
 
 @pytest.mark.parametrize(
@@ -239,6 +268,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
 )
 def test_what_cannot_run_is_said_before_anything_is_built(config, folder, override, sentence):
     with pytest.raises(ValueError) as error:
-        main.set_up([*overrides(folder, cp=1, accumulation=1, tied=True), override])
+        main.set_up([*overrides(folder, cp=1, accumulation=1), override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
