@@ -1,6 +1,7 @@
 """The shape of a Llama: one dataclass, its presets, and the way from and to Hugging Face."""
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -32,11 +33,14 @@ class LlamaConfig:
         for field in fields(self):
             value, wanted = getattr(self, field.name), field.type
             if wanted is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif wanted in (int, float, bool) and type(value) is not wanted:
+                value = float(value)
+                object.__setattr__(self, field.name, value)
+            if wanted in (int, float, bool) and type(value) is not wanted:
                 raise ValueError(f"model: {field.name}={value!r} must be of type {wanted.__name__}")
             elif wanted is int and value < 1:
                 raise ValueError(f"model: {field.name}={value} must be at least 1")
+            elif wanted is float and not 0 < value < math.inf:
+                raise ValueError(f"model: {field.name}={value} must be a number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model: num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -46,15 +50,16 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"model: head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if self.rope_scaling is not None:
-            wanted_keys = {"rope_type", *LLAMA3_ROPE_SCALING}
+            scaling = dict(self.rope_scaling) if isinstance(self.rope_scaling, dict) else {}
+            numbers = [scaling.get(key) for key in LLAMA3_ROPE_SCALING]
             if (
-                not isinstance(self.rope_scaling, dict)
-                or set(self.rope_scaling) != wanted_keys
-                or self.rope_scaling["rope_type"] != "llama3"
+                set(scaling) != {"rope_type", *LLAMA3_ROPE_SCALING}
+                or scaling["rope_type"] != "llama3"
+                or not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers)
             ):
                 raise ValueError(
                     f"model: rope_scaling={self.rope_scaling!r} must be None or a dict with "
-                    f"rope_type='llama3' and exactly the keys {sorted(wanted_keys)}"
+                    f"rope_type='llama3' and numbers for {', '.join(LLAMA3_ROPE_SCALING)}"
                 )
 
     @classmethod
@@ -85,14 +90,25 @@ class LlamaConfig:
             if hf_config.get(key, wanted) != wanted:
                 raise ValueError(f"config.json: {key}={hf_config[key]!r} must be {wanted!r}")
         values = {f.name: hf_config[f.name] for f in fields(cls) if f.name in hf_config}
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            if name not in values:
+                raise ValueError(f"config.json: {name} is missing")
+        # What Hugging Face's LlamaConfig takes for a field that is missing or null.
+        heads = values.setdefault("num_attention_heads", 32)
+        for name, default in (
+            ("num_key_value_heads", heads),
+            ("head_dim", values["hidden_size"] // heads),
+            ("max_position_embeddings", 2048),
+            ("rms_norm_eps", 1e-6),
+            ("tie_word_embeddings", False),
+        ):
+            if values.get(name) is None:
+                values[name] = default
         # transformers 5 holds theta and scaling together in `rope_parameters`.
         rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
         values["rope_theta"] = float(rope.pop("rope_theta", hf_config.get("rope_theta", 10_000.0)))
-        values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-        values.setdefault("num_key_value_heads", hf_config["num_attention_heads"])
-        values.setdefault("tie_word_embeddings", False)
-        if values.get("head_dim") is None:
-            values["head_dim"] = hf_config["hidden_size"] // hf_config["num_attention_heads"]
+        plain = not rope or rope == {"rope_type": "default"}
+        values["rope_scaling"] = None if plain else rope
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
@@ -117,8 +133,8 @@ LLAMA3_ROPE_SCALING = {
 LLAMA_32_ROPE = {"rope_type": "llama3", **LLAMA3_ROPE_SCALING}
 
 PRESETS = {
-    # 2.9 M parameters: the smallest model on which all the machinery shows, a laptop's size. Its
-    # vocabulary holds the byte tokens (0 to 256), rounded up to a multiple of 32.
+    # 2,976,000 parameters: small enough for a laptop, and all the machinery shows. The vocabulary
+    # holds the byte tokens (0 to 256), rounded up to a multiple of 32.
     "tiny": LlamaConfig(
         vocab_size=288,
         hidden_size=256,

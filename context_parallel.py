@@ -9,10 +9,11 @@ them, chosen so that every rank has about the same number of (query, key) pairs 
     cp rank 0    0           2     3                 6                 9
     cp rank 1          1                 4     5           7     8
 
-The functions below that carry the names of `magi_attention.api` have the same meaning, so that a
-caller can hold either (`load_api`). `native` gathers K and V of all ranks (before any repetition
-for grouped-query attention), computes its own queries' attention, and in backward reduce-scatters
-the gradients of K and V: the way of Llama 3 (https://arxiv.org/abs/2407.21783, section 3.3.2).
+The functions below that carry the names of `magi_attention.api` take the arguments that we use,
+with the same meaning, so that a caller can hold either (`load_api`). `native` gathers K and V of
+all ranks (before any repetition for grouped-query attention), computes its own queries' attention,
+and in backward reduce-scatters the gradients of K and V, in the compute type: the way of Llama 3
+(https://arxiv.org/abs/2407.21783, section 3.3.2).
 
 Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `nh` heads, `nkv` key/value
 heads, `hd` head_dim.
@@ -21,7 +22,6 @@ heads, `hd` head_dim.
 import functools
 import heapq
 import importlib
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -36,7 +36,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-BACKENDS = ("auto", "magi_attention", "native")
 MIN_CHUNKS_PER_RANK = 8  # as in magi_attention: shorter sequences get smaller chunks
 FLEX_BLOCK_SIZE = 128  # FlexAttention's tile, in tokens
 
@@ -49,22 +48,24 @@ FLEX_BLOCK_SIZE = 128  # FlexAttention's tile, in tokens
 def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tuple[str, str]:
     """Returns the backend's name ("magi_attention" or "native") and the reason, one line.
 
-    requested: one of `BACKENDS`. dtype: the compute type, "bfloat16" or "float32". device: the
-    type of the device that will compute, "cuda" or "cpu".
-    Raises ValueError if `magi_attention` is asked for by name and cannot run.
+    requested: "auto", "magi_attention" or "native". dtype: the compute type, "bfloat16" or
+    "float32". device: the type of the device that will compute, "cuda" or "cpu".
+    Raises ValueError if the backend asked for by name cannot run, or none can.
     """
-    if requested == "native":
-        return "native", "as configured"
-    obstacle = _magi_attention_obstacle(head_dim, dtype, device)
+    obstacle = _magi_attention_obstacle(head_dim, dtype, device) if requested != "native" else ""
     if obstacle is None:
-        found = "found, and this GPU is supported"
-        return "magi_attention", "as configured" if requested == "magi_attention" else found
+        version = getattr(importlib.import_module("magi_attention"), "__version__", "unknown")
+        return "magi_attention", f"version {version}, {requested}"
     if requested == "magi_attention":
         raise ValueError(
             f"parallel_config.context_parallel_backend='magi_attention' cannot run: {obstacle}. "
             f"Mend that, or choose 'native' or 'auto'"
         )
-    return "native", f"magi_attention cannot run: {obstacle}"
+    if device == "cuda" and head_dim < 16:
+        raise ValueError(
+            f"FlexAttention, native on a GPU, takes a head_dim of 16 and more, not {head_dim}"
+        )
+    return "native", f"magi_attention cannot run: {obstacle}" if obstacle else "as configured"
 
 
 def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | None:
@@ -99,10 +100,8 @@ def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | No
 
 def load_api(backend: str) -> ModuleType:
     """Returns the module that holds the calls: `magi_attention.api`, or this one for `native`."""
-    return importlib.import_module("magi_attention.api") if backend == "magi_attention" else NATIVE
-
-
-NATIVE = sys.modules[__name__]
+    modules = {"magi_attention": "magi_attention.api", "native": __name__}
+    return importlib.import_module(modules[backend])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,7 +313,7 @@ class _Gather(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------
 
 
-def calc_attn(q: Tensor, k: Tensor, v: Tensor, key) -> tuple[Tensor, object]:
+def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple[Tensor, object]:
     """Attention of the local queries to all keys that the mask lets them see.
 
     q: [s, nh, hd]; k, v: [s, nkv, hd]. key: of either backend; the key decides which one computes.

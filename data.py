@@ -128,10 +128,12 @@ def open_source(
 
     documents, skipped = [], []
     for path in paths:
-        with open(path, "rb") as file:
-            document = file.read()
         try:
+            with open(path, "rb") as file:
+                document = file.read()
             document.decode("utf-8")
+        except OSError as error:
+            raise ValueError(f"data_config.source: {path} cannot be read: {error}") from None
         except UnicodeDecodeError as error:
             if not skip_undecodable:
                 raise ValueError(
@@ -139,10 +141,13 @@ def open_source(
                     f"such files out with data_config.skip_undecodable=true"
                 ) from None
             skipped.append(os.path.basename(path))
-            continue
-        documents.append(document)
+        else:
+            documents.append(document)
     if not any(documents):
-        raise ValueError(f"data_config.source={source!r} holds no text: {len(paths)} empty files")
+        raise ValueError(
+            f"data_config.source={source!r} holds no text: {len(documents)} of its {len(paths)} "
+            f"files are empty, {len(skipped)} are not UTF-8"
+        )
 
     lengths = np.array([len(document) + 1 for document in documents])
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -157,21 +162,27 @@ def open_source(
 
 
 def _stdlib_paths() -> list[str]:
-    root = sysconfig.get_path("stdlib")
-    paths = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if s not in ("site-packages", "dist-packages")]
-        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
-    return sorted(paths)
+    files = _files_below(sysconfig.get_path("stdlib"), ("site-packages", "dist-packages"))
+    return [path for path in files if path.endswith(".py")]
 
 
 def _text_paths(source: str) -> list[str]:
-    pattern = os.path.join(source, "**") if os.path.isdir(source) else source
-    paths = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
-    paths = sorted(path for path in paths if os.path.isfile(path))
+    if os.path.isfile(source):
+        return [source]
+    if os.path.isdir(source):
+        return _files_below(source)
+    paths = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
     if not paths:
         raise ValueError(
             f"data_config.source={source!r} names no file; it must be 'python-stdlib', 'random', "
             f"or a path or glob of text files"
         )
     return paths
+
+
+def _files_below(root: str, left_out: tuple[str, ...] = ()) -> list[str]:
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in left_out]
+        paths += [os.path.join(folder, name) for name in names]
+    return sorted(paths)

@@ -9,7 +9,6 @@ import ast
 import difflib
 import inspect
 import json
-import math
 import re
 import sys
 from typing import Any
@@ -30,7 +29,7 @@ model_config = dict(
 train_config = dict(
     train_iters=1000,  # steps in the whole run
     gradient_accumulation_steps=1,  # parts in which a rank works off its rows of one step
-    dtype="bfloat16",  # of the computation, or `float32`; weights and reductions are float32
+    dtype="bfloat16",  # of the computation, or `float32`; weights and optimizer are float32
     activation_checkpointing="full",  # `none`, or `full`: recompute each layer in backward
     seed=42,  # of the weights
     output_dir="runs/llama",  # gets config.json, metrics.jsonl and TensorBoard events
@@ -41,7 +40,7 @@ train_config = dict(
         weight_decay=0.1,  # on matrices; norms have none
         betas=(0.9, 0.95),  # of AdamW
         eps=1e-8,  # of AdamW
-        max_clip_grad_norm=1.0,  # larger gradients are scaled down to this norm
+        max_clip_grad_norm=1.0,  # larger gradients are scaled down to this norm; inf: never
     ),
 )
 
@@ -51,29 +50,42 @@ parallel_config = dict(
     chunk_size=512,  # tokens per chunk at the most: the granularity of the cp load balance
 )
 
-CHOICES = {
-    "train_config.dtype": ("bfloat16", "float32"),
-    "train_config.activation_checkpointing": ("none", "full"),
-    "parallel_config.context_parallel_backend": ("auto", "magi_attention", "native"),
+RULES = {
+    "at least 0": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "above 0": lambda value: value > 0,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "from 0 to 2^32 - 1": lambda value: 0 <= value < 2**32,
+    "two numbers from 0 to below 1": lambda value: (
+        len(value) == 2 and all(type(v) in (int, float) and 0 <= v < 1 for v in value)
+    ),
 }
-AT_LEAST_1 = (
-    "data_config.seqlen",
-    "data_config.batch_size",
-    "train_config.train_iters",
-    "train_config.gradient_accumulation_steps",
-    "parallel_config.context_parallel_size",
-    "parallel_config.chunk_size",
-)
-AT_LEAST_0 = (
-    "data_config.seed",
-    "train_config.seed",
-    "train_config.optimizer_config.learning_rate",
-    "train_config.optimizer_config.min_learning_rate_ratio",
-    "train_config.optimizer_config.warmup_iters",
-    "train_config.optimizer_config.weight_decay",
-    "train_config.optimizer_config.eps",
-    "train_config.optimizer_config.max_clip_grad_norm",
-)
+# The type of every key, and what its value must be: a rule from above, or its choices.
+SCHEMA = {
+    "data_config.source": (str, None),
+    "data_config.skip_undecodable": (bool, None),
+    "data_config.seqlen": (int, "at least 1"),
+    "data_config.batch_size": (int, "at least 1"),
+    "data_config.seed": (int, "from 0 to 2^32 - 1"),
+    "model_config.preset": (str, None),
+    "model_config.overrides": (dict, None),
+    "train_config.train_iters": (int, "at least 1"),
+    "train_config.gradient_accumulation_steps": (int, "at least 1"),
+    "train_config.dtype": (str, ("bfloat16", "float32")),
+    "train_config.activation_checkpointing": (str, ("none", "full")),
+    "train_config.seed": (int, "from 0 to 2^32 - 1"),
+    "train_config.output_dir": (str, None),
+    "train_config.optimizer_config.learning_rate": (float, "at least 0"),
+    "train_config.optimizer_config.min_learning_rate_ratio": (float, "from 0 to 1"),
+    "train_config.optimizer_config.warmup_iters": (int, "at least 0"),
+    "train_config.optimizer_config.weight_decay": (float, "at least 0"),
+    "train_config.optimizer_config.betas": (tuple, "two numbers from 0 to below 1"),
+    "train_config.optimizer_config.eps": (float, "above 0"),
+    "train_config.optimizer_config.max_clip_grad_norm": (float, "above 0"),
+    "parallel_config.context_parallel_size": (int, "at least 1"),
+    "parallel_config.context_parallel_backend": (str, ("auto", "magi_attention", "native")),
+    "parallel_config.chunk_size": (int, "at least 1"),
+}
 
 
 def sections() -> dict[str, dict[str, Any]]:
@@ -100,17 +112,18 @@ def resolve(arguments: list[str], world_size: int) -> list[str]:
 
     It is called once, before anything reads the dicts. arguments: `SECTION.KEY=VALUE` each.
     Returns lines for the log: what was changed for this world size. Raises ValueError, one
-    sentence, for whatever cannot be trained as it stands.
+    sentence, for whatever cannot be trained as it stands, in the file or on the command line.
     """
     for argument in arguments:
         _override(argument)
+    _check_schema(flatten(sections()))
     notes = []
     if world_size == 1 and parallel_config["context_parallel_size"] > 1:
         notes.append(
             f"one process: context_parallel_size {parallel_config['context_parallel_size']} -> 1"
         )
         parallel_config["context_parallel_size"] = 1
-    _check(flatten(sections()), world_size)
+    _check_layout(world_size)
     return notes
 
 
@@ -118,85 +131,81 @@ def _override(argument: str) -> None:
     name, equals, text = argument.partition("=")
     if not equals:
         raise ValueError(f"{argument!r} is not of the form SECTION.KEY=VALUE; see --help")
-    flat = flatten(sections())
     parent, _, key = name.rpartition(".")
-    if isinstance(flat.get(parent), dict):  # model_config.overrides.num_hidden_layers=2
-        flat[parent][key] = _parse(text)
-        return
-    if name not in flat:
-        nearest = difflib.get_close_matches(name, flat, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown key {name!r}; the nearest is {nearest!r}; see --help")
+    is_field = parent == "model_config.overrides"  # model_config.overrides.num_hidden_layers=2
+    if not is_field:
+        _check_known(name)
     target = sections()
     for part in parent.split("."):
         target = target[part]
-    target[key] = _parse_as(type(flat[name]), name, text)
-
-
-def _parse_as(wanted: type, name: str, text: str) -> Any:
+    wanted = None if is_field else SCHEMA[name][0]
     value = text if wanted is str else _parse(text)
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if wanted is tuple and type(value) is list:
-        value = tuple(value)
-    if type(value) is not wanted:
-        raise ValueError(f"{name}={text!r} must be of type {wanted.__name__}")
-    return value
+    if (wanted, type(value)) in ((float, int), (tuple, list)):
+        value = wanted(value)
+    target[key] = value
 
 
 def _parse(text: str) -> Any:
     """Reads a literal as JSON has it (true) or as Python has it (True); other text stays text."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval, float):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             pass
     return text
 
 
-def _check(flat: dict[str, Any], world_size: int) -> None:
-    for name, choices in CHOICES.items():
-        if flat[name] not in choices:
-            raise ValueError(f"{name}={flat[name]!r} must be one of {', '.join(choices)}")
-    for names, smallest in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
-        for name in names:
-            value = flat[name]
-            if not (type(value) in (int, float) and smallest <= value < math.inf):
-                raise ValueError(f"{name}={value!r} must be a number of at least {smallest}")
-    betas = flat["train_config.optimizer_config.betas"]
-    if len(betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in betas):
-        raise ValueError(
-            f"train_config.optimizer_config.betas={betas!r} must be two numbers from 0 to below 1"
-        )
+def _check_known(name: str) -> None:
+    if name not in SCHEMA:
+        nearest = difflib.get_close_matches(name, SCHEMA, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown key {name!r}; the nearest is {nearest!r}; see --help")
 
-    cp_size = flat["parallel_config.context_parallel_size"]
+
+def _check_schema(flat: dict[str, Any]) -> None:
+    for name in flat:
+        _check_known(name)
+    for name, (wanted, rule) in SCHEMA.items():
+        if name not in flat:
+            raise ValueError(f"{name} is missing from llama_pretrain_config.py")
+        value = flat[name]
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f"{name}={value!r} must be of type {wanted.__name__}")
+        if type(rule) is tuple and value not in rule:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(rule)}")
+        if type(rule) is str and not RULES[rule](value):
+            raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+def _check_layout(world_size: int) -> None:
+    cp_size = parallel_config["context_parallel_size"]
     if world_size % cp_size:
+        divisors = [str(d) for d in range(1, world_size + 1) if world_size % d == 0]
         raise ValueError(
             f"parallel_config.context_parallel_size={cp_size} must divide the world size, "
-            f"{world_size} processes; choose one of {_divisors(world_size)}"
+            f"{world_size} processes; choose one of {', '.join(divisors)}"
         )
-    batch_size = flat["data_config.batch_size"]
-    accumulation = flat["train_config.gradient_accumulation_steps"]
-    parts = world_size // cp_size * accumulation
+    dp_size, batch_size = world_size // cp_size, data_config["batch_size"]
+    accumulation = train_config["gradient_accumulation_steps"]
+    parts = dp_size * accumulation
     if batch_size % parts:
         raise ValueError(
             f"data_config.batch_size={batch_size} must be a multiple of {parts}, which is dp "
-            f"{world_size // cp_size} (world size {world_size} / cp {cp_size}) x "
-            f"gradient_accumulation_steps {accumulation}"
+            f"{dp_size} (world size {world_size} / cp {cp_size}) x gradient_accumulation_steps "
+            f"{accumulation}; the next is {-(-batch_size // parts) * parts}"
         )
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
 def describe() -> str:
-    """Returns the text of `--help`: every key with its value and the comment that stands there."""
-    lines, path = [__doc__.strip(), ""], []
-    for line in inspect.getsource(sys.modules[__name__]).split("\n\nCHOICES")[0].splitlines():
-        if match := re.match(r"\s*(\w+) ?= ?dict\($", line):
+    """Returns the text of `--help`: every key with its value, and the comment that stands there."""
+    comments, path = {}, []
+    for line in inspect.getsource(sys.modules[__name__]).splitlines():
+        if match := re.match(r" *(\w+) ?= ?dict\($", line):
             path.append(match[1])
-        elif re.match(r"\s*\),?$", line) and path:
+        elif re.match(r" *\),?$", line) and path:
             path.pop()
-        elif (match := re.match(r"\s*(\w+)=(.*),  # (.*)$", line)) and path:
-            lines.append(f"  {'.'.join([*path, match[1]])}={match[2]}\n      {match[3]}")
+        elif match := re.match(r" *(\w+)=.*,  # (.*)$", line):
+            comments[".".join([*path, match[1]])] = match[2]
+    lines = [__doc__.strip(), ""]
+    for name, value in flatten(sections()).items():
+        lines += [f"  {name}={value}", f"      {comments.get(name, '')}"]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Pretrains a Llama with FSDP2 over a flattened dp_cp mesh and context parallelism.
 
-    python main.py model_config.preset=tiny train_config.dtype=float32    # one process, any machine
-    torchrun --nproc-per-node 8 main.py                                   # one node of 8 GPUs
-    bash run.sh data_config.seqlen=16384                                  # run.sh counts the GPUs
+    bash run.sh                            # without a GPU: a small run, two minutes on two cores
+    GPUS_PER_NODE=1 bash run.sh            # one GPU
+    torchrun --nproc-per-node 8 main.py    # one node of 8 GPUs; `bash run.sh` does the same there
 
 The keys and their defaults are in llama_pretrain_config.py; `python main.py --help` lists them.
 
@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -25,35 +26,29 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import context_parallel
 import llama_pretrain_config
+import metrics
 from configuration_llama import LlamaConfig
-from data import IGNORED_LABEL, open_source
+from data import IGNORED_LABEL, RandomSource, TextSource, open_source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
-from metrics import (
-    MetricsWriter,
-    attention_area,
-    describe_machine,
-    exit_with,
-    log,
-    make_output_dir,
-)
+from metrics import log
 from modeling_llama import LlamaForCausalLM
 
 
 def init_env(backend: str) -> None:
-    """Joins the launcher's process group, or makes one of its own for a single process.
+    """Joins the launcher's process group; a single process makes one of its own.
 
     backend: "nccl", with the GPU that LOCAL_RANK says, or "gloo", on the CPU.
     """
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
-    else:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
 
 
 def build_mesh() -> DeviceMesh:
-    """Returns the mesh (dp, cp). Neighbouring ranks share a sequence: cp stays within a node."""
+    """Returns the mesh (dp, cp): cp ranks are neighbours, and so on one node where they fit."""
     cp_size = parallel_config["context_parallel_size"]
     return init_device_mesh(
         "cuda" if torch.cuda.is_available() else "cpu",
@@ -75,10 +70,7 @@ def build_llama_config() -> LlamaConfig:
 def build_llama_model() -> LlamaForCausalLM:
     """Returns the model on the meta device: shapes without memory."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(build_llama_config())
-    for layer in model.model.layers:
-        layer.activation_checkpointing = train_config["activation_checkpointing"]
-    return model
+        return LlamaForCausalLM(build_llama_config(), train_config["activation_checkpointing"])
 
 
 def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
@@ -184,7 +176,7 @@ def prepare_data(device_mesh: DeviceMesh, train_iter: int) -> list[tuple[Tensor,
     return micro_batches
 
 
-def open_token_source():
+def open_token_source() -> TextSource | RandomSource:
     """Returns the opened `data_config.source`; the first call reads it."""
     return open_source(
         data_config["source"],
@@ -213,8 +205,8 @@ def prepare_magi_attention(
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     position_ids = (torch.arange(len(starts)) - starts).to(device_mesh.device_type)
 
-    # Deprecated in magi_attention's main in favour of magi_attn_varlen_key + dispatch, with the
-    # same arguments. pad_size=0 and the chunk size inside the config: the key pads by itself.
+    # magi_attention deprecates this call; magi_attn_varlen_key (the same arguments without the
+    # first) and dispatch replace it. It also wants pad_size=0, and the chunk size in the config.
     input_ids, key = api.magi_attn_varlen_dispatch(
         input_ids,
         cu_seqlens,
@@ -244,7 +236,7 @@ def loss_func(loss_sum: Tensor, num_labels: Tensor, device_mesh: DeviceMesh) -> 
     over ranks of d(loss_sum) / num_labels. FSDP averages gradients, dividing that sum by the world
     size, which the factor here undoes. A mean per rank would weigh ranks with few labels too high.
     """
-    return loss_sum * (dp_cp_mesh(device_mesh).size() / num_labels)
+    return loss_sum * (device_mesh.size() / num_labels)
 
 
 def forward_backward(
@@ -259,19 +251,21 @@ def forward_backward(
     counts = torch.zeros(2, dtype=torch.float64)
     for _, labels, cu_seqlens in micro_batches:
         counts[0] += (labels != IGNORED_LABEL).sum()
-        counts[1] += attention_area(cu_seqlens, model.config.is_causal)
+        counts[1] += metrics.attention_area(cu_seqlens, model.config.is_causal)
     counts = counts.to(device_mesh.device_type)
     dist.all_reduce(counts, group=device_mesh.get_group("dp"))
     num_labels, area = counts
 
+    # All keys first: a copy to the GPU, once it computes, would wait for it.
+    start = time.perf_counter()
+    prepared = [
+        prepare_magi_attention(*micro_batch, model.config, device_mesh)
+        for micro_batch in micro_batches
+    ]
+    plan_seconds = time.perf_counter() - start
+
     loss_sum = torch.zeros((), device=device_mesh.device_type)
-    plan_seconds = 0.0
-    for micro_batch in micro_batches:
-        start = time.perf_counter()
-        input_ids, labels, position_ids, key = prepare_magi_attention(
-            *micro_batch, model.config, device_mesh
-        )
-        plan_seconds += time.perf_counter() - start
+    for input_ids, labels, position_ids, key in prepared:
         micro_loss_sum = model(input_ids, position_ids, key, labels)
         loss_func(micro_loss_sum, num_labels.clamp(min=1), device_mesh).backward()
         loss_sum += micro_loss_sum.detach()
@@ -292,9 +286,9 @@ def train(
     """
     model.train()
     world = dp_cp_mesh(device_mesh)
-    writer = MetricsWriter(
+    writer = metrics.MetricsWriter(
         train_config["output_dir"],
-        run_config={**llama_pretrain_config.sections(), "machine": describe_machine()},
+        run_config={**llama_pretrain_config.sections(), "machine": metrics.describe_machine()},
         llama_config=model.config,
         tokens_per_step=data_config["batch_size"] * data_config["seqlen"],
         world_size=world.size(),
@@ -302,8 +296,9 @@ def train(
     max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
     step_start = time.perf_counter()
     for train_iter in range(train_iters):
+        data_start = time.perf_counter()
         micro_batches = prepare_data(device_mesh, train_iter)
-        data_seconds = time.perf_counter() - step_start
+        data_seconds = time.perf_counter() - data_start
 
         loss_sum, num_labels, area, plan_seconds = forward_backward(
             model, micro_batches, device_mesh
@@ -312,7 +307,7 @@ def train(
         total_loss = loss_sum.double()
         dist.all_reduce(total_loss, group=world.get_group())
 
-        # The step's one wait for the device.
+        # The step's one wait for its results.
         total_loss, num_labels, area, norm = torch.stack(
             [total_loss, num_labels, area, grad_norm.full_tensor().double()]
         ).tolist()
@@ -366,7 +361,10 @@ def set_up(arguments: list[str]) -> None:
     All that can be wrong with what a person asked for comes to light here, as a ValueError of one
     sentence, before any process group exists.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if "LOCAL_RANK" not in os.environ:
+        # No torchrun: RANK and WORLD_SIZE, if they are set, are a scheduler's and count nodes.
+        os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
+    world_size = int(os.environ["WORLD_SIZE"])
     notes = llama_pretrain_config.resolve(arguments, world_size)
     on_gpu = torch.cuda.is_available()
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -381,38 +379,39 @@ def set_up(arguments: list[str]) -> None:
     )
     parallel_config["context_parallel_backend"] = backend
     source = open_token_source()
-    make_output_dir(train_config["output_dir"])
+    metrics.make_output_dir(train_config["output_dir"])
 
     for line in notes:
         log(line)
-    log(f"machine: {', '.join(f'{k} {v}' for k, v in describe_machine().items())}")
+    log(f"machine: {', '.join(f'{k} {v}' for k, v in metrics.describe_machine().items())}")
     cp_size = parallel_config["context_parallel_size"]
-    log(f"mesh: dp {world_size // cp_size} x cp {cp_size}")
+    log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
     log(f"attention: {backend} ({reason})")
     log(f"data: {source.description}")
     log(f"config: {json.dumps(llama_pretrain_config.sections())}")
+    log(f"model: {json.dumps(asdict(config))}")
 
 
 def main(arguments: list[str]) -> None:
     try:
         set_up(arguments)
     except ValueError as error:
-        exit_with(error)
+        metrics.exit_with(error)
     init_env("nccl" if torch.cuda.is_available() else "gloo")
     device_mesh = build_mesh()
     model = build_llama_model()
-    log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     parallelize_model(model, device_mesh)
     optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
     try:
         train(model, optimizer, lr_scheduler, device_mesh, train_config["train_iters"])
     except FloatingPointError as error:
-        exit_with(error)
+        metrics.exit_with(error)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(llama_pretrain_config.describe())
+        log(llama_pretrain_config.describe())
     else:
         main(sys.argv[1:])

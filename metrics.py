@@ -6,43 +6,60 @@ draws the loss of runs (folders that hold a metrics.jsonl) into one picture.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NoReturn
 
 import torch
 
 from configuration_llama import LlamaConfig
 
-# Dense bf16 FLOP/s by a part of `torch.cuda.get_device_name()`; NVIDIA's data sheets.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+# Dense bf16 FLOP/s by words of `torch.cuda.get_device_name()`, NVIDIA's data sheets; first match.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+
+
+def rank() -> int:
+    """Returns this process's rank; known before there is a process group."""
+    return int(os.environ.get("RANK", 0))
 
 
 def log(message: str) -> None:
     """Prints on rank 0 alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         print(message, flush=True)
 
 
-def exit_with(error: Exception) -> None:
-    """Ends this process with the error in one sentence, said once.
+def exit_with(error: Exception) -> NoReturn:
+    """Ends this process with the error, one sentence that a person sees once on each node.
 
-    All ranks come here with the same sentence. Rank 0 says it, and its exit makes torchrun end the
-    others; a rank that is still there after a while is alone with its error, and speaks too.
+    Rank 0 speaks, and its exit makes torchrun end the other ranks of its node. What is wrong may be
+    wrong on another node alone (a missing file), so the first rank there speaks too, if it is still
+    there after a while.
     """
-    rank = int(os.environ.get("RANK", 0))
-    if rank != 0:
+    if rank() != 0:
         time.sleep(10)
-    sys.exit(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}")
+    speaks = rank() == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    sys.exit(f"error: {error}" if speaks else 1)
 
 
+@functools.cache
 def describe_machine() -> dict[str, str]:
     """Returns what a result depends on beside the config: versions, hardware, commit."""
     cuda = torch.cuda.is_available()
@@ -54,7 +71,11 @@ def describe_machine() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "device": (
+            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+            if cuda
+            else f"CPU with {os.cpu_count()} cores"
+        ),
         "cuda": str(torch.version.cuda) if cuda else "none",
         "commit": commit or "unknown",
     }
@@ -89,7 +110,8 @@ def training_flops(config: LlamaConfig, num_tokens: float, area: float) -> float
 def peak_flops() -> float | None:
     """Returns the dense bf16 FLOP/s of this rank's GPU, None where it is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    matches = (flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name))
+    return next(matches, None)
 
 
 def peak_memory_gib() -> float:
@@ -132,11 +154,11 @@ class MetricsWriter:
         self.world_size = world_size
         self.train_iters = run_config["train_config"]["train_iters"]
         self.file = self.tensorboard = None
-        if int(os.environ.get("RANK", 0)) != 0:
+        if rank() != 0:
             return
         _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
         with open(os.path.join(output_dir, "config.json"), "w") as file:
-            json.dump(run_config, file, indent=2)
+            json.dump({**run_config, "llama_config": asdict(llama_config)}, file, indent=2)
         self.file = open(os.path.join(output_dir, "metrics.jsonl"), "w")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -197,7 +219,7 @@ def format_step(record: dict[str, Any], train_iters: int) -> str:
     return (
         f"step: {record['step']}/{train_iters}  loss: {record['loss']:.4f}  "
         f"grad_norm: {record['grad_norm']:.4f}  lr: {record['lr']:.2e}  "
-        f"tokens: {record['tokens']:,}  step: {record['step_ms']:,.0f} ms  "
+        f"tokens: {record['tokens']:,}  time: {record['step_ms']:,.0f} ms  "
         f"tps: {record['tokens_per_s']:,.0f}  tflops/gpu: {record['tflops_per_gpu']:.2f}  "
         f"mfu: {mfu}  memory: {record['peak_memory_gib']:.2f} GiB  "
         f"plan: {record['plan_ms']:.1f} ms  data: {record['data_ms']:.1f} ms"

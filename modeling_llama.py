@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from configuration_llama import LlamaConfig
 from context_parallel import DistAttnRuntimeKey, calc_attn
 
+LOSS_CHUNK_SIZE = 2048  # tokens whose logits exist at a time
+
 
 def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """Returns RoPE's angular frequencies in radians per position, [hd / 2], float64.
@@ -104,13 +106,13 @@ class LlamaDecoderLayer(nn.Module):
     wraps it from outside, gathers the layer's parameters once for it and the gradients.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, activation_checkpointing: str) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.self_attn = LlamaAttention(config)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.activation_checkpointing = "none"
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: DistAttnRuntimeKey
@@ -129,12 +131,13 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers, final norm."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, activation_checkpointing: str) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers)
+            LlamaDecoderLayer(config, activation_checkpointing)
+            for _ in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -152,10 +155,10 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """The model with its head: logits for a caller without labels, the loss for one with."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, activation_checkpointing: str = "none") -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config)
+        self.model = LlamaModel(config, activation_checkpointing)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -166,7 +169,6 @@ class LlamaForCausalLM(nn.Module):
         position_ids: Tensor,
         runtime_key: DistAttnRuntimeKey,
         labels: Tensor | None = None,
-        loss_chunk_size: int = 2048,
     ) -> Tensor:
         """Runs this rank's shard.
 
@@ -184,7 +186,7 @@ class LlamaForCausalLM(nn.Module):
         # tokens x 128,256 words in float32 are 67 GB), so they exist for one chunk at a time, and
         # are computed again in backward.
         loss_sum = torch.zeros((), device=x.device)
-        chunks, labels_of = x.split(loss_chunk_size), labels.split(loss_chunk_size)
+        chunks, labels_of = x.split(LOSS_CHUNK_SIZE), labels.split(LOSS_CHUNK_SIZE)
         for chunk, chunk_labels in zip(chunks, labels_of, strict=True):
             loss_sum += checkpoint(self._loss_sum, chunk, chunk_labels, use_reentrant=False)
         return loss_sum

@@ -17,6 +17,7 @@ nodes=${NNODES:-${WORLD_SIZE:-1}}
 node_rank=${NODE_RANK:-${RANK:-0}}
 
 if ((gpus > 0)); then
+  # As many hardware queues as MagiAttention wants to overlap communication with computation.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
 else
   # A laptop's run: the same code with a small model, about two minutes on two cores.

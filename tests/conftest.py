@@ -1,5 +1,6 @@
 """What several test files use: a process group of one, torchrun, and comparing tensors."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,14 +11,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import llama_pretrain_config
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes
 
 
 def pytest_configure(config) -> None:
     """Hides the GPUs, but from `pytest -m gpu`: all other tests run on the CPU everywhere."""
-    if "gpu" not in config.option.markexpr:
+    if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def config():
+    """The config dicts, put back afterwards: `resolve` and `set_up` write into them."""
+    before = copy.deepcopy(llama_pretrain_config.sections())
+    yield
+    for name, section in llama_pretrain_config.sections().items():
+        section.clear()
+        section.update(before[name])
 
 
 @pytest.fixture(scope="session")

@@ -6,24 +6,48 @@ Arguments: a file of cases (JSON) and the output file. A case holds config overr
 
 import json
 import sys
+import weakref
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_pretrain_config
 import main
 from data import IGNORED_LABEL
 
 
+class WholeParameters(TorchDispatchMode):
+    """Counts how many tensors with the shape of a whole matrix are alive at the same time."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes, self.alive, self.most = shapes, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if type(out) is torch.Tensor and out.shape in self.shapes and not out.is_meta:
+            known = {ref() is not None and ref().data_ptr() for ref in self.alive}
+            self.alive = [ref for ref in self.alive if ref() is not None]
+            if out.data_ptr() not in known:  # in-place operations return the same again
+                self.alive.append(weakref.ref(out))
+            self.most = max(self.most, len(self.alive))
+        return out
+
+
 def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
     """Returns loss, gradient norm, label count, and every weight and gradient as a full tensor."""
     llama_pretrain_config.resolve(overrides, dist.get_world_size())
-    main.parallel_config["context_parallel_backend"] = "native"
+    if main.parallel_config["context_parallel_backend"] == "auto":
+        main.parallel_config["context_parallel_backend"] = "native"
     mesh = main.build_mesh()
     model = main.build_llama_model()
     assert all(p.is_meta for p in model.parameters())
-    main.parallelize_model(model, mesh)
+    wholes = {p.shape for p in model.parameters() if p.ndim == 2}
+    shards = {torch.Size([rows // dist.get_world_size(), columns]) for rows, columns in wholes}
+    with WholeParameters(wholes - shards) as whole:
+        main.parallelize_model(model, mesh)
     micro_batches = main.prepare_data(mesh, train_iter=1)
     if ignored_from_row is not None:
         seqlen = main.data_config["seqlen"]
@@ -42,6 +66,7 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
         "grad_norm": grad_norm.item(),
         "num_labels": num_labels.item(),
         "area": area.item(),
+        "whole_parameters": whole.most,
         "local_parameters": sum(p.to_local().numel() for p in model.parameters()),
         "weights": {n: p.detach().full_tensor() for n, p in model.named_parameters()},
         "gradients": {n: p.grad.full_tensor() for n, p in model.named_parameters()},

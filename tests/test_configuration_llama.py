@@ -12,7 +12,12 @@ from modeling_llama import LlamaForCausalLM
 
 @pytest.mark.parametrize(
     "preset, parameters",
-    [("llama-1b", 1_235_814_400), ("llama-3b", 3_212_749_824), ("llama-8b", 8_030_261_248)],
+    [
+        ("tiny", 2_976_000),
+        ("llama-1b", 1_235_814_400),
+        ("llama-3b", 3_212_749_824),
+        ("llama-8b", 8_030_261_248),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, parameters):
     with torch.device("meta"):
@@ -64,9 +69,11 @@ def test_config_json_of_transformers_4_is_read():
 def test_other_architectures_are_refused():
     with pytest.raises(ValueError, match="model_type='qwen2' must be 'llama'"):
         LlamaConfig.from_hf({**PRESETS["tiny"].to_hf(), "model_type": "qwen2"})
-    with pytest.raises(ValueError, match="rope_scaling"):
-        scaled = {"rope_type": "yarn", "factor": 4.0}
-        LlamaConfig.from_hf({**PRESETS["tiny"].to_hf(), "rope_scaling": scaled})
+    for scaled in ({"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}):
+        with pytest.raises(ValueError, match="rope_scaling"):
+            LlamaConfig.from_hf({**PRESETS["tiny"].to_hf(), "rope_scaling": scaled})
+    with pytest.raises(ValueError, match="vocab_size is missing"):
+        LlamaConfig.from_hf({"model_type": "llama", "hidden_size": 64})
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,7 @@ def test_other_architectures_are_refused():
         ({"head_dim": 31}, "head_dim=31 must be even"),
         ({"hidden_size": "big"}, "hidden_size='big' must be of type int"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
+        ({"rope_theta": 0}, "rope_theta=0.0 must be a number above 0"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling=.* must be None or a dict"),
     ],
 )

@@ -129,8 +129,16 @@ def test_sources_without_text_are_refused(tmp_path):
     with pytest.raises(ValueError, match="names no file"):
         opened(str(tmp_path / "nowhere" / "*.txt"))
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="holds no text: 1 empty files"):
-        opened(str(tmp_path))
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    with pytest.raises(ValueError, match="holds no text: 1 of its 2 files are empty, 1 are not U"):
+        opened(str(tmp_path), skip_undecodable=True)
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    folder = tmp_path / "books [2024]*"
+    folder.mkdir()
+    (folder / ".hidden.txt").write_text("text")
+    assert len(opened(str(folder)).tokens) == 5
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(folder):

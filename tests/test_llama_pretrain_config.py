@@ -1,21 +1,15 @@
 """The command line's overrides and the checks of the resolved config."""
 
-import copy
+import re
+import shlex
 
 import pytest
+from conftest import ROOT
 
 import llama_pretrain_config
 from llama_pretrain_config import describe, flatten, resolve, sections
 
-
-@pytest.fixture(autouse=True)
-def untouched_config():
-    """`resolve` writes into the module's dicts: put back what was there."""
-    before = copy.deepcopy(sections())
-    yield
-    for name, section in sections().items():
-        section.clear()
-        section.update(before[name])
+pytestmark = pytest.mark.usefixtures("config")
 
 
 def test_overrides_take_the_type_of_the_default():
@@ -50,13 +44,18 @@ def test_overrides_take_the_type_of_the_default():
         ("optimizer_config.betas=1", "the nearest is 'train_config.optimizer_config.betas'"),
         ("--seqlen", "'--seqlen' is not of the form SECTION.KEY=VALUE"),
         ("data_config.seqlen=long", "data_config.seqlen='long' must be of type int"),
-        ("data_config.seqlen=1.5", "data_config.seqlen='1.5' must be of type int"),
-        ("data_config.seqlen=true", "data_config.seqlen='true' must be of type int"),
+        ("data_config.seqlen=1.5", "data_config.seqlen=1.5 must be of type int"),
+        ("data_config.seqlen=true", "data_config.seqlen=True must be of type int"),
         ("data_config.skip_undecodable=1", "must be of type bool"),
-        ("model_config.overrides=2", "model_config.overrides='2' must be of type dict"),
-        ("data_config.seqlen=0", "data_config.seqlen=0 must be a number of at least 1"),
-        ("train_config.optimizer_config.learning_rate=-1", "must be a number of at least 0"),
-        ("train_config.optimizer_config.learning_rate=NaN", "must be a number of at least 0"),
+        ("model_config.overrides={[1]:2}", "must be of type dict"),
+        ("model_config.overrides=2", "model_config.overrides=2 must be of type dict"),
+        ("data_config.seqlen=0", "data_config.seqlen=0 must be at least 1"),
+        ("train_config.optimizer_config.learning_rate=-1", "must be at least 0"),
+        ("train_config.optimizer_config.learning_rate=NaN", "must be at least 0"),
+        ("train_config.optimizer_config.max_clip_grad_norm=0", "must be above 0"),
+        ("train_config.optimizer_config.eps=0", "must be above 0"),
+        ("train_config.optimizer_config.min_learning_rate_ratio=3", "must be from 0 to 1"),
+        ("train_config.seed=100000000000000000000", "must be from 0 to 2^32 - 1"),
         ("train_config.optimizer_config.betas=[0.9]", "must be two numbers from 0 to below 1"),
         ("train_config.dtype=float16", "must be one of bfloat16, float32"),
         ("parallel_config.context_parallel_backend=ring", "must be one of auto, magi_attention"),
@@ -70,6 +69,52 @@ def test_what_cannot_be_trained_is_one_sentence(argument, sentence):
         resolve([argument], world_size=8)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "section, key, value, sentence",
+    [
+        ("data_config", "seqlen", 8192.5, "data_config.seqlen=8192.5 must be of type int"),
+        ("data_config", "seqlen", "8192", "data_config.seqlen='8192' must be of type int"),
+        ("data_config", "source", 5, "data_config.source=5 must be of type str"),
+        ("data_config", "skip_undecodable", "no", "must be of type bool"),
+        ("model_config", "overrides", None, "model_config.overrides=None must be of type dict"),
+        ("train_config", "gradient_accumulation_steps", 2.0, "must be of type int"),
+        ("train_config", "warmup_steps", 3, "unknown key 'train_config.warmup_steps'; the near"),
+    ],
+)
+def test_a_slip_in_the_edited_file_is_one_sentence_too(section, key, value, sentence):
+    sections()[section][key] = value
+    with pytest.raises(ValueError, match=sentence):
+        resolve([], world_size=8)
+
+
+def test_a_key_deleted_from_the_file_is_named():
+    del llama_pretrain_config.data_config["seqlen"]
+    with pytest.raises(ValueError, match="data_config.seqlen is missing"):
+        resolve([], world_size=8)
+
+
+def test_clipping_can_be_switched_off():
+    resolve(["train_config.optimizer_config.max_clip_grad_norm=inf"], world_size=8)
+    optimizer_config = llama_pretrain_config.train_config["optimizer_config"]
+    assert optimizer_config["max_clip_grad_norm"] == float("inf")
+
+
+def readme_commands() -> list[list[str]]:
+    """The overrides of every command of the README that starts main.py or run.sh."""
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "main.py" in line or "run.sh" in line:
+                words = shlex.split(line, comments=True)
+                commands.append([word for word in words if "_config." in word])
+    return commands
+
+
+@pytest.mark.parametrize("overrides", readme_commands())
+def test_the_commands_of_the_readme_suit_eight_gpus(overrides):
+    resolve(overrides, world_size=8)
 
 
 def test_on_one_process_cp_becomes_1_and_says_so():

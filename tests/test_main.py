@@ -1,14 +1,14 @@
 """The central promise, that no gradient depends on the layout; and the other parts of main.py."""
 
-import copy
 import json
+import math
 
 import pytest
 import reference
 import torch
-from conftest import ROOT, relative_error, torchrun
+from conftest import ROOT, read_metrics, relative_error, torchrun
+from torch.distributed.fsdp import FSDPModule
 
-import llama_pretrain_config
 import main
 from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL, open_source
@@ -143,11 +143,21 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
 
 
+def test_the_batch_has_what_it_should(folder):
+    """One-token documents, a document that fills a row, labels that are ignored."""
+    rows = open_source(folder, 257, 42, False).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
+    assert min(rows.document_lengths) == 1
+    assert max(rows.document_lengths) == SEQLEN
+    assert (rows.labels == IGNORED_LABEL).sum() > 4
+
+
 def test_each_rank_holds_its_share_of_the_model(results):
-    """And nothing before: the worker sees that the model is on the meta device until sharded."""
+    """And on the way there never more than one whole matrix; the worker sees a meta model first."""
     for (dp, cp, *_), result in results.items():
         parameters = sum(weight.numel() for weight in result["weights"].values())
         assert result["local_parameters"] == parameters / (dp * cp)
+        if dp * cp > 1:  # on one process the shards themselves are whole
+            assert result["whole_parameters"] == 1
 
 
 def test_weights_do_not_depend_on_the_layout(results):
@@ -196,6 +206,78 @@ def test_adamw_decays_matrices_alone_and_steps_like_the_formula():
         assert relative_error(param, after) < 1e-6, name
 
 
+def test_training_steps_like_the_formulas(folder, tmp_path):
+    """Five steps at dp 2 x cp 1 and accumulation 2, by main.py, against AdamW, clipping and the
+    schedule written out around the dense reference, all in float64.
+    """
+    steps, warmup, peak, floor, decay, max_norm = 5, 2, 1e-3, 0.1, 0.5, 0.3
+    torchrun(
+        2,
+        "main.py",
+        *overrides(folder, cp=1, accumulation=2),
+        f"train_config.output_dir={tmp_path}",
+        f"train_config.train_iters={steps}",
+        "train_config.activation_checkpointing=full",
+        f"train_config.optimizer_config.learning_rate={peak}",
+        f"train_config.optimizer_config.min_learning_rate_ratio={floor}",
+        f"train_config.optimizer_config.warmup_iters={warmup}",
+        f"train_config.optimizer_config.weight_decay={decay}",
+        f"train_config.optimizer_config.max_clip_grad_norm={max_norm}",
+    )
+    config = LlamaConfig.from_preset("tiny", shape())
+    model = LlamaForCausalLM(config)
+    main.init_weights(model, config.initializer_range, seed=42)
+    weights = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
+    first_moment = {n: torch.zeros_like(w) for n, w in weights.items()}
+    second_moment = {n: torch.zeros_like(w) for n, w in weights.items()}
+    source = open_source(folder, 257, 42, False)
+    rates = [peak / 2, peak]  # then half a cosine over the three steps that are left
+    rates += [peak * (floor + (1 - floor) * (1 + math.cos(math.pi * i / 3)) / 2) for i in (1, 2, 3)]
+    for step, record in enumerate(read_metrics(tmp_path), start=1):
+        rows = source.rows((step - 1) * BATCH_SIZE, BATCH_SIZE, SEQLEN)
+        tokens, labels = (torch.from_numpy(x).flatten() for x in (rows.tokens, rows.labels))
+        lengths = rows.document_lengths
+        documents = list(zip(tokens.split(lengths), labels.split(lengths), strict=True))
+        loss = reference.mean_loss(weights, documents, config)
+        gradients = dict(zip(weights, torch.autograd.grad(loss, weights.values()), strict=True))
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+        assert norm > max_norm
+        rate = rates[step - 1]
+        assert record["step"] == step
+        assert record["lr"] == pytest.approx(rate, rel=1e-12)
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                gradient = gradients[name] * (max_norm / norm)
+                first_moment[name].mul_(0.9).add_(0.1 * gradient)
+                second_moment[name].mul_(0.95).add_(0.05 * gradient**2)
+                mean = first_moment[name] / (1 - 0.9**step)
+                deviation = (second_moment[name] / (1 - 0.95**step)).sqrt()
+                weight.mul_(1 - rate * decay if weight.ndim == 2 else 1)
+                weight.sub_(rate * mean / (deviation + 1e-8))
+    assert step == steps
+
+
+def test_fsdp_wraps_each_layer_and_keeps_gradients_in_float32(config, cp_group, folder):
+    """And in bfloat16 RoPE's cos and sin arrive uncast: FSDP leaves the layers' inputs alone."""
+    bfloat16 = ["train_config.dtype=bfloat16", "data_config.batch_size=1"]
+    main.set_up([*overrides(folder, cp=1, accumulation=1), *bfloat16])
+    mesh = main.build_mesh()
+    model = main.parallelize_model(main.build_llama_model(), mesh)
+    assert isinstance(model, FSDPModule)
+    assert all(isinstance(layer, FSDPModule) for layer in model.model.layers)
+    seen = []
+    model.model.layers[0].register_forward_hook(
+        lambda layer, inputs, output: seen.extend(x.dtype for x in (*inputs[:3], output))
+    )
+    main.forward_backward(model, main.prepare_data(mesh, train_iter=0), mesh)
+    assert seen == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    for name, param in model.named_parameters():
+        assert param.dtype == param.grad.dtype == torch.float32, name
+        assert param.device_mesh == main.dp_cp_mesh(mesh)
+
+
 def test_learning_rate_warms_up_and_decays_to_the_floor(monkeypatch):
     monkeypatch.setitem(main.train_config, "train_iters", 110)
     config = {**main.train_config["optimizer_config"], "warmup_iters": 10, "learning_rate": 1.0}
@@ -209,16 +291,6 @@ def test_learning_rate_warms_up_and_decays_to_the_floor(monkeypatch):
     assert rates[59] == pytest.approx(0.1 + 0.9 / 2)  # half-way down the cosine
     assert rates[109] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-@pytest.fixture
-def config():
-    """The config dicts, restored afterwards: `resolve` and `set_up` write into them."""
-    before = copy.deepcopy(llama_pretrain_config.sections())
-    yield
-    for name, section in llama_pretrain_config.sections().items():
-        section.clear()
-        section.update(before[name])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(

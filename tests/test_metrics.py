@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_llama import PRESETS
-from metrics import MetricsWriter, attention_area, plot, training_flops
+from metrics import MetricsWriter, attention_area, peak_flops, plot, training_flops
 from modeling_llama import LlamaForCausalLM
 
 STEP = dict(
@@ -66,13 +66,13 @@ def test_the_log_line_has_a_fixed_order_and_units(tmp_path, capsys):
     line = capsys.readouterr().out.strip()
     names = [field.split(": ")[0] for field in line.split("  ")]
     assert names == (
-        ["step", "loss", "grad_norm", "lr", "tokens", "step", "tps", "tflops/gpu", "mfu"]
+        ["step", "loss", "grad_norm", "lr", "tokens", "time", "tps", "tflops/gpu", "mfu"]
         + ["memory", "plan", "data"]
     )
     assert line.startswith(
         "step: 1/1  loss: 2.5000  grad_norm: 1.2500  lr: 3.00e-04  tokens: 4,090"
     )
-    for part in ("step: 500 ms", "tps: 8,192", "GiB", "plan: 1.0 ms", "data: 2.0 ms"):
+    for part in ("time: 500 ms", "tps: 8,192", "GiB", "plan: 1.0 ms", "data: 2.0 ms"):
         assert part in line
 
 
@@ -99,6 +99,23 @@ def test_tensorboard_gets_every_figure(tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 2.5)]
     assert set(events.Tags()["scalars"]) == set(KEYS) - {"step", "mfu"}  # no mfu on a CPU
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GB200", None),
+    ],
+)
+def test_mfu_is_given_for_known_gpus_alone(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops() == peak
 
 
 def test_plot_draws_several_runs(tmp_path):

@@ -8,7 +8,10 @@ import reference
 import torch
 import transformers
 from conftest import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import modeling_llama
 from configuration_llama import LLAMA_32_ROPE, PRESETS, LlamaConfig
 from context_parallel import magi_attn_varlen_dispatch
 from modeling_llama import LlamaForCausalLM, rope_cos_sin
@@ -38,7 +41,7 @@ CONFIGS = {
 }
 
 
-def run_model(model, tokens, lengths, cp_group, labels=None, **kwargs):
+def run_model(model, tokens, lengths, cp_group, labels=None):
     """Runs a packed sequence on one process; returns logits or loss sum in stream order."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -58,7 +61,7 @@ def run_model(model, tokens, lengths, cp_group, labels=None, **kwargs):
     positions = torch.nn.functional.pad(positions, (0, pad))
     if labels is not None:
         labels = torch.nn.functional.pad(labels, (0, pad), value=-100)
-        return model(tokens, positions, key, labels, **kwargs)
+        return model(tokens, positions, key, labels)
     return model(tokens, positions, key)[: len(tokens) - pad]
 
 
@@ -109,8 +112,9 @@ def test_documents_do_not_see_each_other(is_causal, cp_group):
 @pytest.mark.parametrize("loss_chunk_size", [7, 64, 2048])
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
 def test_loss_chunks_and_recomputation_change_no_gradient(
-    loss_chunk_size, activation_checkpointing, cp_group
+    loss_chunk_size, activation_checkpointing, cp_group, monkeypatch
 ):
+    monkeypatch.setattr(modeling_llama, "LOSS_CHUNK_SIZE", loss_chunk_size)
     torch.manual_seed(2)
     config = CONFIGS["untied"]
     model = LlamaForCausalLM(config)
@@ -125,13 +129,42 @@ def test_loss_chunks_and_recomputation_change_no_gradient(
 
     for layer in model.model.layers:
         layer.activation_checkpointing = activation_checkpointing
-    loss_sum = run_model(
-        model, tokens, [20, 40], cp_group, labels=labels, loss_chunk_size=loss_chunk_size
-    )
+    loss_sum = run_model(model, tokens, [20, 40], cp_group, labels=labels)
     loss_sum.backward()
     assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
     for param, grad in zip(model.parameters(), expected_grads, strict=True):
         assert relative_error(param.grad, grad) < 1e-5
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_logits_exist_for_one_chunk_at_a_time(cp_group, monkeypatch):
+    """In forward and backward; and forward keeps none of them for backward."""
+    monkeypatch.setattr(modeling_llama, "LOSS_CHUNK_SIZE", 16)
+    config = dataclasses.replace(SMALL, vocab_size=5000)  # larger than all that is not logits
+    model = LlamaForCausalLM(config)
+    tokens, labels = torch.randint(config.vocab_size, (2, 256))
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run_model(model, tokens, [100, 156], cp_group, labels=labels).backward()
+    assert largest.elements == config.vocab_size * config.hidden_size  # the weight, not 256 logits
+    assert 16 * config.vocab_size not in kept
 
 
 def test_labels_that_are_all_ignored_give_zero_and_no_nan(cp_group):

@@ -43,15 +43,16 @@ def test_a_run_describes_itself_and_learns(one_process):
     lines = stdout.splitlines()
     starts = [line.split(":")[0] for line in lines]
     assert starts == (
-        "one process,machine,mesh,attention,data,config,model,step,step,step".split(",")
+        "one process,machine,mesh,attention,data,config,model,parameters,step,step,step".split(",")
     )
     assert "python " in lines[1] and "torch " in lines[1] and "CPU" in lines[1]
-    assert lines[2] == "mesh: dp 1 x cp 1"
+    assert lines[2] == "mesh: dp 1 x cp 1, 1 processes"
     assert lines[3].startswith("attention: native (magi_attention cannot run: ")
     config = json.loads((output_dir / "config.json").read_text())
     assert config["data_config"]["seqlen"] == 100
     assert config["parallel_config"]["context_parallel_size"] == 1
     assert config["parallel_config"]["context_parallel_backend"] == "native"
+    assert config["llama_config"]["hidden_size"] == 64
     assert config["machine"]["torch"]
     records = read_metrics(output_dir)
     assert records[0]["loss"] == pytest.approx(5.66, abs=0.1)  # ln(288): nothing is known yet

@@ -1,0 +1,3 @@
+"""A stand-in for MagiAttention 1.1.1, for tests on machines without a GPU; see api.py."""
+
+__version__ = "stand-in"
