@@ -54,7 +54,7 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
     """
     obstacle = _magi_attention_obstacle(head_dim, dtype, device) if requested != "native" else ""
     if obstacle is None:
-        version = getattr(importlib.import_module("magi_attention"), "__version__", "unknown")
+        version = importlib.import_module("magi_attention").__version__ or "unknown"
         return "magi_attention", f"version {version}, {requested}"
     if requested == "magi_attention":
         raise ValueError(
