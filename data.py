@@ -1,17 +1,17 @@
 """The token stream: a batch is a pure function of (seed, step).
 
 Text becomes bytes: tokens 0 to 255 are the UTF-8 bytes of a document, 256 ends it. The stream is
-endless: every epoch deals out all documents once, in an order of its own, one after the other.
-Row r of the run is the r-th slice of `seqlen` tokens of that stream, and step n takes the rows from
-n x batch_size on. So no token is dropped or seen twice in an epoch, and any rank can build any row
-without having built another.
+endless: every epoch deals out all documents once, in an order of its own, one after the other. It
+is cut into rows of `seqlen` tokens, and the rows are shuffled within windows of about an epoch, so
+that a batch does not hold neighbours. So no token is dropped or repeated within an epoch, and any
+rank can build any row without having built another. Step n takes the rows from n x batch_size on.
 """
 
 import functools
 import glob
 import os
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,40 +46,46 @@ class TextSource:
     starts: np.ndarray
     seed: int
     description: str
-    epochs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Both are pure functions whose results are asked for again and again.
+        self.epoch = functools.lru_cache(maxsize=3)(self._epoch)
+        self.window = functools.lru_cache(maxsize=2)(self._window)
 
     def rows(self, first_row: int, num_rows: int, seqlen: int) -> Rows:
         """Returns the rows first_row to first_row + num_rows - 1 of the run."""
-        tokens = np.empty(num_rows * seqlen, dtype=np.int64)
-        labels = np.empty(num_rows * seqlen, dtype=np.int64)
+        tokens = np.empty((num_rows, seqlen), dtype=np.int64)
+        labels = np.full((num_rows, seqlen), IGNORED_LABEL, dtype=np.int64)
         document_lengths = []
-        filled = 0
-        while filled < len(tokens):
-            epoch, offset = divmod(first_row * seqlen + filled, len(self.tokens))
-            documents, ends = self._epoch(epoch)
-            place = np.searchsorted(ends, offset, side="right")
-            end = self.starts[documents[place] + 1]  # of this document, in self.tokens
-            begin = end - (ends[place] - offset)
-            length = int(min(end - begin, seqlen - filled % seqlen))
-            piece = slice(filled, filled + length)
-            tokens[piece] = self.tokens[begin : begin + length]
-            following = self.tokens[begin + 1 : min(begin + length + 1, end)]
-            labels[piece] = IGNORED_LABEL
-            labels[filled : filled + len(following)] = following
-            document_lengths.append(length)
-            filled += length
-        shape = (num_rows, seqlen)
-        return Rows(tokens.reshape(shape), labels.reshape(shape), document_lengths)
+        window_size = max(1, len(self.tokens) // seqlen)
+        for row in range(num_rows):
+            window, index = divmod(first_row + row, window_size)
+            position = (
+                window * window_size + int(self.window(window, window_size)[index])
+            ) * seqlen
+            filled = 0
+            while filled < seqlen:
+                epoch, offset = divmod(position + filled, len(self.tokens))
+                documents, ends = self.epoch(epoch)
+                place = np.searchsorted(ends, offset, side="right")
+                end = self.starts[documents[place] + 1]  # of this document, in self.tokens
+                begin = end - (ends[place] - offset)
+                length = int(min(end - begin, seqlen - filled))
+                following = self.tokens[begin + 1 : min(begin + length + 1, end)]
+                tokens[row, filled : filled + length] = self.tokens[begin : begin + length]
+                labels[row, filled : filled + len(following)] = following
+                document_lengths.append(length)
+                filled += length
+        return Rows(tokens, labels, document_lengths)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the epoch's order of documents, and where each ends in the epoch's stream."""
-        if epoch not in self.epochs:
-            documents = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts) - 1)
-            ends = np.cumsum(np.diff(self.starts)[documents])
-            # A batch lies in this epoch or reaches into the next: older ones are not asked again.
-            self.epochs = {e: known for e, known in self.epochs.items() if e == epoch - 1}
-            self.epochs[epoch] = documents, ends
-        return self.epochs[epoch]
+        documents = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.starts) - 1)
+        return documents, np.cumsum(np.diff(self.starts)[documents])
+
+    def _window(self, window: int, window_size: int) -> np.ndarray:
+        """Returns the order in which the rows of a window are taken."""
+        return np.random.default_rng([self.seed, 1, window]).permutation(window_size)
 
 
 @dataclass(eq=False)

@@ -10,13 +10,20 @@ import pytest
 from data import END_OF_DOCUMENT, IGNORED_LABEL, open_source
 
 SIZES = [0, 1, 2, 5, 13, 40, 100, 333]  # bytes per document; a row below has 64 tokens
+# Document i is made of its own four letters, at random.
+TEXTS = [
+    "".join(
+        np.random.default_rng(i).choice(list("abcdefghijklmnopqrstuvwxyzABCDEF"[4 * i :][:4]), n)
+    )
+    for i, n in enumerate(SIZES)
+]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Documents that name themselves: document i is made of the letter chr(ord('a') + i)."""
-    for i, size in enumerate(SIZES):
-        (tmp_path / f"{i}.txt").write_text(chr(ord("a") + i) * size)
+    """Documents that can be told apart: document i has no letter of another."""
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_text(text)
     return str(tmp_path)
 
 
@@ -24,29 +31,63 @@ def opened(source, seed=0, vocab_size=257, skip_undecodable=False):
     return open_source.__wrapped__(source, vocab_size, seed, skip_undecodable)
 
 
+def pieces(rows):
+    """(tokens, labels) of each piece of a document."""
+    splits = np.cumsum(rows.document_lengths)[:-1]
+    return zip(
+        np.split(rows.tokens.flatten(), splits),
+        np.split(rows.labels.flatten(), splits),
+        strict=True,
+    )
+
+
 def test_an_epoch_holds_every_token_of_every_document_once(folder):
     source = opened(folder)
     epoch_tokens = sum(SIZES) + len(SIZES)  # with one end-of-document each
     seqlen = epoch_tokens // 2
     assert epoch_tokens % 2 == 0
-    orders = []
-    for epoch in range(3):
-        stream = source.rows(2 * epoch, 2, seqlen).tokens.flatten()
-        documents = bytes(stream[stream != END_OF_DOCUMENT].astype(np.uint8)).decode()
-        expected = "".join(chr(ord("a") + i) * size for i, size in enumerate(SIZES))
-        assert sorted(documents) == sorted(expected)
-        assert (stream == END_OF_DOCUMENT).sum() == len(SIZES)
-        orders.append("".join(dict.fromkeys(documents)))  # letters in the order of their documents
-        assert documents == "".join(c * SIZES[ord(c) - ord("a")] for c in orders[-1])  # whole
-    assert len(set(orders)) == 3, "every epoch has an order of its own"
+    expected = sorted([*"".join(TEXTS).encode(), *[END_OF_DOCUMENT] * len(SIZES)])
+    epochs = [source.rows(2 * epoch, 2, seqlen).tokens for epoch in range(5)]
+    for tokens in epochs:
+        assert sorted(tokens.flatten().tolist()) == expected
+    assert len({tokens.tobytes() for tokens in epochs}) == 5, "every epoch has its own order"
+
+
+def test_rows_that_do_not_divide_an_epoch_drop_and_repeat_nothing(folder):
+    """Rows reach over the ends of epochs and windows; counted where all three end together."""
+    source = opened(folder)
+    seqlen, epoch_tokens = 70, sum(SIZES) + len(SIZES)
+    window_tokens = epoch_tokens // seqlen * seqlen
+    rows = int(np.lcm(window_tokens, epoch_tokens)) // seqlen
+    assert rows == 7 * 251  # windows of 7 rows
+    tokens, counts = np.unique(source.rows(0, rows, seqlen).tokens, return_counts=True)
+    epochs = rows * seqlen // epoch_tokens
+    stream = [*"".join(TEXTS).encode(), *[END_OF_DOCUMENT] * len(SIZES)]
+    assert dict(zip(tokens.tolist(), counts.tolist(), strict=True)) == {
+        token: epochs * stream.count(token) for token in set(stream)
+    }
 
 
 def test_a_label_is_the_next_token_of_the_same_document(folder):
-    rows = opened(folder).rows(0, 20, 64)
-    stream = opened(folder).rows(0, 1, 20 * 64 + 1).tokens[0]  # the same tokens as one long row
-    assert np.array_equal(rows.tokens.flatten(), stream[:-1])
-    following = np.where(stream[:-1] == END_OF_DOCUMENT, IGNORED_LABEL, stream[1:])
-    assert np.array_equal(rows.labels.flatten(), following)
+    """Every piece with its labels is an excerpt of a document with its continuation."""
+    documents = [[*text.encode(), END_OF_DOCUMENT] for text in TEXTS]
+    excerpts = {
+        (tuple(tokens[a:b]), tuple([*tokens[1:], IGNORED_LABEL][a:b]))
+        for tokens in documents
+        for a in range(len(tokens))
+        for b in range(a + 1, min(a + 64, len(tokens)) + 1)
+    }
+    for tokens, labels in pieces(opened(folder).rows(0, 100, 64)):
+        assert (tuple(tokens.tolist()), tuple(labels.tolist())) in excerpts
+
+
+def test_a_batch_does_not_hold_neighbours(folder):
+    """The longest document fills five rows; they do not come one after the other."""
+    rows = opened(folder).rows(0, 7, 64).tokens
+    long_rows = [i for i, row in enumerate(rows) if np.isin(row, [*TEXTS[7].encode()]).all()]
+    assert len(long_rows) >= 3
+    starts = [bytes(rows[i].astype(np.uint8)).decode() for i in long_rows]
+    assert starts != sorted(starts, key=TEXTS[7].index)
 
 
 def test_documents_end_where_a_document_or_a_row_ends(folder):
