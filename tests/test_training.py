@@ -7,10 +7,11 @@ import subprocess
 import pytest
 from conftest import ROOT, environment, read_metrics, run, torchrun
 
-# Three steps of a model that takes a moment.
+# Three steps on English text, of a model that takes a moment.
 SHORT = [
     "model_config.preset=tiny",
     'model_config.overrides={"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96}',
+    "data_config.source=LICENSE",
     "data_config.seqlen=100",
     "data_config.batch_size=4",
     "train_config.train_iters=3",
@@ -55,7 +56,7 @@ def test_a_run_describes_itself_and_learns(one_process):
     assert config["llama_config"]["hidden_size"] == 64
     assert config["machine"]["torch"]
     records = read_metrics(output_dir)
-    assert records[0]["loss"] == pytest.approx(5.66, abs=0.1)  # ln(288): nothing is known yet
+    assert records[0]["loss"] == pytest.approx(5.66, abs=0.2)  # ln(288): nothing is known yet
     assert records[2]["loss"] < records[0]["loss"] - 0.3
 
 
