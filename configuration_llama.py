@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields carry the names of Hugging Face's `LlamaConfig`; the defaults are Llama 3.2 1B.
+    """The fields carry the names of Hugging Face's `LlamaConfig`; the defaults are the size of
+    Llama 3.2 1B.
 
     `rope_scaling` is None or Hugging Face's dict for `rope_type="llama3"`. `is_causal=False` lets
     every token attend to its whole document.
@@ -94,8 +95,9 @@ class LlamaConfig:
             if name not in values:
                 raise ValueError(f"config.json: {name} is missing")
         # What Hugging Face's LlamaConfig takes for a field that is missing or null.
-        heads = values.setdefault("num_attention_heads", 32)
+        heads = values.get("num_attention_heads") or 32
         for name, default in (
+            ("num_attention_heads", heads),
             ("num_key_value_heads", heads),
             ("head_dim", values["hidden_size"] // heads),
             ("max_position_embeddings", 2048),
@@ -106,7 +108,8 @@ class LlamaConfig:
                 values[name] = default
         # transformers 5 holds theta and scaling together in `rope_parameters`.
         rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
-        values["rope_theta"] = float(rope.pop("rope_theta", hf_config.get("rope_theta", 10_000.0)))
+        theta = rope.pop("rope_theta", None) or hf_config.get("rope_theta") or 10_000.0
+        values["rope_theta"] = float(theta)
         plain = not rope or rope == {"rope_type": "default"}
         values["rope_scaling"] = None if plain else rope
         return cls(**values)

@@ -6,8 +6,10 @@ them, chosen so that every rank has about the same number of (query, key) pairs 
 
     stream    | doc 0    | doc 1                  |doc 2| doc 3     |pad|
     chunks    |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8  |  9  |
-    cp rank 0    0           2     3                 6                 9
-    cp rank 1          1                 4     5           7     8
+    cp rank 0                2                 5     6           8     9
+    cp rank 1    0     1           3     4                 7
+
+(Few, large chunks for the picture; a rank has at least `MIN_CHUNKS_PER_RANK`.)
 
 The functions below that carry the names of `magi_attention.api` take the arguments that we use,
 with the same meaning, so that a caller can hold either (`load_api`). `native` gathers K and V of
@@ -22,6 +24,8 @@ heads, `hd` head_dim.
 import functools
 import heapq
 import importlib
+import importlib.machinery
+import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -74,27 +78,29 @@ def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | No
         return f"its kernels compute in bfloat16, and train_config.dtype is {dtype!r}"
     if head_dim not in (64, 128):
         return f"its kernels take a head_dim of 64 or 128, and the model's is {head_dim}"
-    try:
-        importlib.import_module("magi_attention.api")
-    except ModuleNotFoundError as error:
-        if error.name == "magi_attention":
-            return "it is not installed; it is built from source, see the README"
-        if error.name == "magi_attention.api":
-            return (
-                "the installed package is the empty placeholder of that name from PyPI, without "
-                "`magi_attention.api`; uninstall it and build the real one from source, see the "
-                "README"
-            )
-        hint = ", which it imports but does not declare" if error.name == "debugpy" else ""
-        return f"it needs the package {error.name!r}{hint}; `pip install {error.name}`"
-    except ImportError as error:
-        return f"importing it failed: {error}"
+    package = importlib.util.find_spec("magi_attention")
+    if package is None:
+        return "it is not installed; it is built from source, see the README"
+    places = package.submodule_search_locations
+    if importlib.machinery.PathFinder.find_spec("magi_attention.api", places) is None:
+        return (
+            "the installed package is the empty placeholder of that name from PyPI, without "
+            "`magi_attention.api`; uninstall it and build the real one from source, see the README"
+        )
     if device != "cuda":
         return "it needs an NVIDIA GPU, and none is here"
     major, minor = torch.cuda.get_device_capability()
     if major != 9:
         name = torch.cuda.get_device_name()
         return f"its kernels are for Hopper, capability 9.0, and {name} has {major}.{minor}"
+    try:
+        importlib.import_module("magi_attention.api")
+    except ModuleNotFoundError as error:
+        if error.name == "debugpy":
+            return "it imports 'debugpy' without declaring it; `pip install debugpy`"
+        return f"it needs the module {error.name!r}, which is missing; see the README"
+    except Exception as error:  # a broken build can fail in any way, and `auto` goes on without it
+        return f"importing it failed: {error!r}"
     return None
 
 

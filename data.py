@@ -3,8 +3,9 @@
 Text becomes bytes: tokens 0 to 255 are the UTF-8 bytes of a document, 256 ends it. The stream is
 endless: every epoch deals out all documents once, in an order of its own, one after the other. It
 is cut into rows of `seqlen` tokens, and the rows are shuffled within windows of about an epoch, so
-that a batch does not hold neighbours. So no token is dropped or repeated within an epoch, and any
-rank can build any row without having built another. Step n takes the rows from n x batch_size on.
+that a batch does not hold neighbours. Each row is taken once: no token is dropped or repeated, and
+any rank can build any row without having built another. Step n takes the rows from n x batch_size
+on.
 """
 
 import functools
@@ -48,9 +49,10 @@ class TextSource:
     description: str
 
     def __post_init__(self) -> None:
-        # Both are pure functions whose results are asked for again and again.
-        self.epoch = functools.lru_cache(maxsize=3)(self._epoch)
-        self.window = functools.lru_cache(maxsize=2)(self._window)
+        # Pure functions, asked for the same again and again: a batch touches at most two windows,
+        # and those at most three epochs.
+        self.epoch_order = functools.lru_cache(maxsize=3)(self._epoch_order)
+        self.window_order = functools.lru_cache(maxsize=2)(self._window_order)
 
     def rows(self, first_row: int, num_rows: int, seqlen: int) -> Rows:
         """Returns the rows first_row to first_row + num_rows - 1 of the run."""
@@ -60,13 +62,12 @@ class TextSource:
         window_size = max(1, len(self.tokens) // seqlen)
         for row in range(num_rows):
             window, index = divmod(first_row + row, window_size)
-            position = (
-                window * window_size + int(self.window(window, window_size)[index])
-            ) * seqlen
+            order = self.window_order(window, window_size)
+            position = (window * window_size + int(order[index])) * seqlen
             filled = 0
             while filled < seqlen:
                 epoch, offset = divmod(position + filled, len(self.tokens))
-                documents, ends = self.epoch(epoch)
+                documents, ends = self.epoch_order(epoch)
                 place = np.searchsorted(ends, offset, side="right")
                 end = self.starts[documents[place] + 1]  # of this document, in self.tokens
                 begin = end - (ends[place] - offset)
@@ -78,12 +79,12 @@ class TextSource:
                 filled += length
         return Rows(tokens, labels, document_lengths)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the epoch's order of documents, and where each ends in the epoch's stream."""
         documents = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.starts) - 1)
         return documents, np.cumsum(np.diff(self.starts)[documents])
 
-    def _window(self, window: int, window_size: int) -> np.ndarray:
+    def _window_order(self, window: int, window_size: int) -> np.ndarray:
         """Returns the order in which the rows of a window are taken."""
         return np.random.default_rng([self.seed, 1, window]).permutation(window_size)
 
@@ -163,7 +164,8 @@ def open_source(
     tokens[starts[1:] - 1] = END_OF_DOCUMENT
     description = f"{source}, {len(documents):,} documents, {len(tokens):,} tokens"
     if skipped:
-        description += f", without {len(skipped)} files that are not UTF-8: {', '.join(skipped)}"
+        names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+        description += f", without {len(skipped)} files that are not UTF-8: {names}"
     return TextSource(tokens, starts, seed, description)
 
 
@@ -173,15 +175,17 @@ def _stdlib_paths() -> list[str]:
 
 
 def _text_paths(source: str) -> list[str]:
-    if os.path.isfile(source):
-        return [source]
-    if os.path.isdir(source):
-        return _files_below(source)
-    paths = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+    pattern = os.path.expanduser(source)
+    if os.path.isdir(pattern):
+        paths = _files_below(pattern)
+    elif os.path.isfile(pattern):
+        paths = [pattern]
+    else:
+        paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
         raise ValueError(
             f"data_config.source={source!r} names no file; it must be 'python-stdlib', 'random', "
-            f"or a path or glob of text files"
+            f"or a path, folder or glob of text files"
         )
     return paths
 

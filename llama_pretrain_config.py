@@ -9,13 +9,14 @@ import ast
 import difflib
 import inspect
 import json
+import math
 import re
 import sys
 from typing import Any
 
 data_config = dict(
-    source="python-stdlib",  # `python-stdlib`, `random`, or a path or glob of text files
-    skip_undecodable=False,  # a file that is not UTF-8: False stops with its name, True skips it
+    source="python-stdlib",  # `python-stdlib`, `random`, or a path, folder or glob of text files
+    skip_undecodable=False,  # skip files that are not UTF-8, else stop; python-stdlib always skips
     seqlen=8192,  # tokens per row
     batch_size=8,  # rows per global batch: one step, all ranks together
     seed=42,  # of the data order
@@ -28,7 +29,7 @@ model_config = dict(
 
 train_config = dict(
     train_iters=1000,  # steps in the whole run
-    gradient_accumulation_steps=1,  # parts in which a rank works off its rows of one step
+    gradient_accumulation_steps=1,  # micro-batches per step: a rank splits its rows into so many
     dtype="bfloat16",  # of the computation, or `float32`; weights and optimizer are float32
     activation_checkpointing="full",  # `none`, or `full`: recompute each layer in backward
     seed=42,  # of the weights
@@ -51,9 +52,10 @@ parallel_config = dict(
 )
 
 RULES = {
-    "at least 0": lambda value: value >= 0,
+    "at least 0": lambda value: 0 <= value < math.inf,
     "at least 1": lambda value: value >= 1,
-    "above 0": lambda value: value > 0,
+    "above 0": lambda value: 0 < value < math.inf,
+    "above 0, or inf for no clipping": lambda value: value > 0,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to 2^32 - 1": lambda value: 0 <= value < 2**32,
     "two numbers from 0 to below 1": lambda value: (
@@ -81,7 +83,7 @@ SCHEMA = {
     "train_config.optimizer_config.weight_decay": (float, "at least 0"),
     "train_config.optimizer_config.betas": (tuple, "two numbers from 0 to below 1"),
     "train_config.optimizer_config.eps": (float, "above 0"),
-    "train_config.optimizer_config.max_clip_grad_norm": (float, "above 0"),
+    "train_config.optimizer_config.max_clip_grad_norm": (float, "above 0, or inf for no clipping"),
     "parallel_config.context_parallel_size": (int, "at least 1"),
     "parallel_config.context_parallel_backend": (str, ("auto", "magi_attention", "native")),
     "parallel_config.chunk_size": (int, "at least 1"),
@@ -102,7 +104,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns {"section.key": value}. A dict whose name ends in `_config` is a section of keys."""
     flat = {}
     for key, value in config.items():
-        is_section = key.endswith("_config")
+        is_section = key.endswith("_config") and isinstance(value, dict)
         flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
     return flat
 
@@ -114,9 +116,10 @@ def resolve(arguments: list[str], world_size: int) -> list[str]:
     Returns lines for the log: what was changed for this world size. Raises ValueError, one
     sentence, for whatever cannot be trained as it stands, in the file or on the command line.
     """
+    _check_schema(flatten(sections()))
     for argument in arguments:
         _override(argument)
-    _check_schema(flatten(sections()))
+        _check_schema(flatten(sections()))
     notes = []
     if world_size == 1 and parallel_config["context_parallel_size"] > 1:
         notes.append(

@@ -123,10 +123,11 @@ def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> Llama
 def build_optimizer(
     model: nn.Module, optimizer_config: dict
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Returns AdamW, with weight decay on matrices only, and its schedule, to be stepped per step.
+    """Returns AdamW, with weight decay on matrices only, and its schedule.
 
-    Linear warm-up to learning_rate, then half a cosine down to min_learning_rate_ratio of it at
-    the last step. Called after sharding: the optimizer's state takes the parameters' sharding.
+    The schedule is stepped once per training step: linear warm-up to learning_rate, then half a
+    cosine down to min_learning_rate_ratio of it at the last step. Called after sharding: the
+    optimizer's state takes the parameters' sharding.
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -152,7 +153,7 @@ def build_optimizer(
 
 
 def prepare_data(device_mesh: DeviceMesh, train_iter: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Returns this dp rank's part of step train_iter (the first is 0), one tuple per accumulation.
+    """Returns this dp rank's part of step train_iter (the first is 0), one tuple per micro-batch.
 
     Each is (input_ids [S], labels [S], cu_seqlens [documents + 1], int32), on the CPU: the rows
     squashed into one packed sequence, in which every row begins a new document. The cp ranks of one
@@ -256,7 +257,7 @@ def forward_backward(
     dist.all_reduce(counts, group=device_mesh.get_group("dp"))
     num_labels, area = counts
 
-    # All keys first: a copy to the GPU, once it computes, would wait for it.
+    # All keys before any forward: a later copy to the GPU would queue behind the kernels.
     start = time.perf_counter()
     prepared = [
         prepare_magi_attention(*micro_batch, model.config, device_mesh)
@@ -313,6 +314,7 @@ def train(
         ).tolist()
         loss = total_loss / max(1.0, num_labels)
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            writer.close()
             raise_not_finite(train_iter + 1, loss, norm, loss_sum, model)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, grad_norm)
         learning_rate = lr_scheduler.get_last_lr()[0]
@@ -393,6 +395,7 @@ def set_up(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    """Sets up and trains; an error that a person can mend ends it with one sentence."""
     try:
         set_up(arguments)
     except ValueError as error:
@@ -412,6 +415,7 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
-        log(llama_pretrain_config.describe())
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(llama_pretrain_config.describe())
     else:
         main(sys.argv[1:])

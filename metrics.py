@@ -53,10 +53,10 @@ def exit_with(error: Exception) -> NoReturn:
     wrong on another node alone (a missing file), so the first rank there speaks too, if it is still
     there after a while.
     """
+    first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if rank() != 0:
-        time.sleep(10)
-    speaks = rank() == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
-    sys.exit(f"error: {error}" if speaks else 1)
+        time.sleep(10 if first_of_node else 20)  # whoever exits first ends the node's others
+    sys.exit(f"error: {error}" if rank() == 0 or first_of_node else 1)
 
 
 @functools.cache
@@ -164,7 +164,7 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # optional
             return
-        self.tensorboard = SummaryWriter(os.path.join(output_dir, "tensorboard"))
+        self.tensorboard = SummaryWriter(os.path.join(output_dir, "tensorboard"), flush_secs=10)
 
     def write(
         self,
@@ -248,6 +248,8 @@ def plot(runs: list[str], output: str) -> None:
     for run in runs:
         with open(os.path.join(run, "metrics.jsonl")) as file:
             records = [json.loads(line) for line in file]
+        if not records:
+            raise SystemExit(f"{run}: its metrics.jsonl has no step yet")
         axes.plot(
             [record["step"] for record in records],
             [record["loss"] for record in records],
@@ -255,7 +257,7 @@ def plot(runs: list[str], output: str) -> None:
             linewidth=1.2,
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
+    axes.set_ylabel("loss, nats per label")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title="run (last loss)")

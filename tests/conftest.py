@@ -24,8 +24,10 @@ def pytest_configure(config) -> None:
 
 
 @pytest.fixture
-def config():
+def config(monkeypatch):
     """The config dicts, put back afterwards: `resolve` and `set_up` write into them."""
+    for name, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
     before = copy.deepcopy(llama_pretrain_config.sections())
     yield
     for name, section in llama_pretrain_config.sections().items():
@@ -43,8 +45,9 @@ def cp_group():
 
 def environment(**extra: str) -> dict[str, str]:
     """A clean environment for a child process: one thread, no GPU, nothing of an outer launcher."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES")
-    inherited = {name: value for name, value in os.environ.items() if name not in launcher}
+    launcher = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT"
+    launcher += " NNODES NODE_RANK GPUS_PER_NODE"
+    inherited = {name: value for name, value in os.environ.items() if name not in launcher.split()}
     path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
     imports = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": imports}

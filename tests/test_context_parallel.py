@@ -1,7 +1,6 @@
 """`native` context parallelism against dense attention, and the choice of the backend."""
 
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -70,20 +69,31 @@ def test_what_native_cannot_do_is_refused(cp_group):
 # seen in the one that PyPI has under the name magi_attention, version 0.0.1.
 
 
-def refuse(sentence: str, head_dim: int = 64, dtype: str = "bfloat16") -> None:
-    """Asked for by name it is an error that says why; `auto` takes native and gives that reason."""
+def refuse(sentence: str, head_dim=64, dtype="bfloat16", hopper=None) -> None:
+    """Asked for by name it is an error that says why; `auto` takes native and gives that reason.
+
+    hopper: a monkeypatch, to be told of a Hopper GPU.
+    """
+    if hopper:
+        hopper.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    device = "cuda" if hopper else "cpu"
     with pytest.raises(ValueError, match=f"'magi_attention' cannot run: {sentence}"):
-        select_backend("magi_attention", head_dim, dtype, "cpu")
-    backend, reason = select_backend("auto", head_dim, dtype, "cpu")
+        select_backend("magi_attention", head_dim, dtype, device)
+    backend, reason = select_backend("auto", head_dim, dtype, device)
     assert backend == "native"
     assert reason.startswith("magi_attention cannot run")
 
 
 @pytest.fixture
-def another_magi_attention(monkeypatch):
-    """Forgets an imported magi_attention, so that the test's own is found."""
+def another_magi_attention():
+    """Forgets an imported magi_attention, so that the test's own is found, and that one after."""
+    loaded = {n: m for n, m in sys.modules.items() if n.split(".")[0] == "magi_attention"}
+    for name in loaded:
+        del sys.modules[name]
+    yield
     for name in [name for name in sys.modules if name.split(".")[0] == "magi_attention"]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
+    sys.modules.update(loaded)
 
 
 def test_float32_and_other_head_dims_are_refused():
@@ -109,13 +119,26 @@ def test_a_missing_debugpy_is_named(another_magi_attention, tmp_path, monkeypatc
     (tmp_path / "magi_attention/__init__.py").write_text("")
     (tmp_path / "magi_attention/api.py").write_text("import debugpy")
     monkeypatch.syspath_prepend(tmp_path)
-    refuse("it needs the package 'debugpy', which it imports but does not declare")
+    refuse("it imports 'debugpy' without declaring it", hopper=monkeypatch)
+    (tmp_path / "magi_attention/api.py").write_text("raise RuntimeError('built for another CUDA')")
+    monkeypatch.delitem(sys.modules, "magi_attention.api", raising=False)
+    refuse("importing it failed: RuntimeError.*another CUDA", hopper=monkeypatch)
 
 
-def test_a_machine_without_gpu_is_refused(another_magi_attention, monkeypatch):
-    monkeypatch.setitem(sys.modules, "magi_attention", types.ModuleType("magi_attention"))
-    monkeypatch.setitem(sys.modules, "magi_attention.api", types.ModuleType("magi_attention.api"))
+def test_a_gpu_that_is_none_or_no_hopper_is_refused(another_magi_attention, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/stand_in")
     refuse("it needs an NVIDIA GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    with pytest.raises(ValueError, match=r"for Hopper, capability 9.0, and NVIDIA A100 has 8.0"):
+        select_backend("magi_attention", 64, "bfloat16", "cuda")
+
+
+def test_a_library_that_imports_on_a_hopper_is_taken(another_magi_attention, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/stand_in")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    expected = ("magi_attention", "version stand-in, auto")
+    assert select_backend("auto", 128, "bfloat16", "cuda") == expected
 
 
 def test_native_is_always_there():

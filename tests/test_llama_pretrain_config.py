@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import llama_pretrain_config
+from configuration_llama import LlamaConfig
 from llama_pretrain_config import describe, flatten, resolve, sections
 
 pytestmark = pytest.mark.usefixtures("config")
@@ -80,6 +81,7 @@ def test_what_cannot_be_trained_is_one_sentence(argument, sentence):
         ("data_config", "skip_undecodable", "no", "must be of type bool"),
         ("model_config", "overrides", None, "model_config.overrides=None must be of type dict"),
         ("train_config", "gradient_accumulation_steps", 2.0, "must be of type int"),
+        ("train_config", "optimizer_config", None, "unknown key 'train_config.optimizer_config'"),
         ("train_config", "warmup_steps", 3, "unknown key 'train_config.warmup_steps'; the near"),
     ],
 )
@@ -93,6 +95,11 @@ def test_a_key_deleted_from_the_file_is_named():
     del llama_pretrain_config.data_config["seqlen"]
     with pytest.raises(ValueError, match="data_config.seqlen is missing"):
         resolve([], world_size=8)
+
+
+def test_overrides_of_what_is_broken_are_one_sentence_too():
+    with pytest.raises(ValueError, match="model_config.overrides=2 must be of type dict"):
+        resolve(["model_config.overrides=2", "model_config.overrides.vocab_size=300"], world_size=8)
 
 
 def test_clipping_can_be_switched_off():
@@ -115,6 +122,13 @@ def readme_commands() -> list[list[str]]:
 @pytest.mark.parametrize("overrides", readme_commands())
 def test_the_commands_of_the_readme_suit_eight_gpus(overrides):
     resolve(overrides, world_size=8)
+    model_config = llama_pretrain_config.model_config
+    LlamaConfig.from_preset(model_config["preset"], model_config["overrides"])
+
+
+def test_the_readme_has_commands():
+    assert len(readme_commands()) >= 5
+    assert sum(len(overrides) for overrides in readme_commands()) >= 8
 
 
 def test_on_one_process_cp_becomes_1_and_says_so():

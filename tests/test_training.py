@@ -89,7 +89,11 @@ def test_two_nodes_train_the_same_as_one(one_process, tmp_path):
         )
         for node in nodes
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in running]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0, 0], outputs
     assert "mesh: dp 2 x cp 2" in outputs[0]
     assert "step:" not in outputs[1], "only rank 0 speaks"
