@@ -280,10 +280,9 @@ def train(
     device_mesh: DeviceMesh,
     train_iters: int,
 ) -> None:
-    """The training loop: train_iters steps, each logged.
+    """Trains train_iters steps and logs each.
 
-    Raises FloatingPointError, before the weights are touched, if the loss or the gradient norm is
-    not finite.
+    Raises FloatingPointError, before the weights change, if loss or gradient norm is not finite.
     """
     model.train()
     world = dp_cp_mesh(device_mesh)
