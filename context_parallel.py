@@ -56,20 +56,23 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
     "float32". device: the type of the device that will compute, "cuda" or "cpu".
     Raises ValueError if the backend asked for by name cannot run, or none can.
     """
-    obstacle = _magi_attention_obstacle(head_dim, dtype, device) if requested != "native" else ""
-    if obstacle is None:
-        version = importlib.import_module("magi_attention").__version__ or "unknown"
-        return "magi_attention", f"version {version}, {requested}"
-    if requested == "magi_attention":
-        raise ValueError(
-            f"parallel_config.context_parallel_backend='magi_attention' cannot run: {obstacle}. "
-            f"Mend that, or choose 'native' or 'auto'"
-        )
+    reason = "as configured"
+    if requested != "native":
+        obstacle = _magi_attention_obstacle(head_dim, dtype, device)
+        if obstacle is None:
+            version = importlib.import_module("magi_attention").__version__ or "unknown"
+            return "magi_attention", f"version {version}, {requested}"
+        if requested == "magi_attention":
+            raise ValueError(
+                f"parallel_config.context_parallel_backend='magi_attention' cannot run: "
+                f"{obstacle}. Mend that, or choose 'native' or 'auto'"
+            )
+        reason = f"magi_attention cannot run: {obstacle}"
     if device == "cuda" and head_dim < 16:
         raise ValueError(
             f"FlexAttention, native on a GPU, takes a head_dim of 16 and more, not {head_dim}"
         )
-    return "native", f"magi_attention cannot run: {obstacle}" if obstacle else "as configured"
+    return "native", reason
 
 
 def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | None:

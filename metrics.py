@@ -56,7 +56,7 @@ def exit_with(error: Exception) -> NoReturn:
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if rank() != 0:
         time.sleep(10 if first_of_node else 20)  # whoever exits first ends the node's others
-    sys.exit(f"error: {error}" if rank() == 0 or first_of_node else 1)
+    sys.exit(f"error: {error}" if first_of_node else 1)
 
 
 @functools.cache

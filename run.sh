@@ -11,7 +11,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+counts=$(python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
+read -r gpus cores <<<"$counts"
 processes=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
 nodes=${NNODES:-${WORLD_SIZE:-1}}
 node_rank=${NODE_RANK:-${RANK:-0}}
@@ -28,7 +29,6 @@ else
     train_config.optimizer_config.warmup_iters=10 \
     parallel_config.context_parallel_size="$processes" "$@"
 fi
-cores=$(python -c 'import os; print(os.cpu_count())')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
 if ((nodes == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
