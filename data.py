@@ -1,23 +1,39 @@
 """The token stream: a batch is a pure function of (seed, step).
 
-Text becomes bytes: tokens 0 to 255 are the UTF-8 bytes of a document, 256 ends it. The stream is
-endless: every epoch deals out all documents once, in an order of its own, one after the other. It
-is cut into rows of `seqlen` tokens, and the rows are shuffled within windows of about an epoch, so
-that a batch does not hold neighbours. Each row is taken once: no token is dropped or repeated, and
-any rank can build any row without having built another. Step n takes the rows from n x batch_size
-on.
+    python data.py prepare INPUT... --tokenizer T --output DIR    # tokenizes a corpus
+    python data.py verify DIR                                     # compares it with its checksums
+
+A corpus is many documents, each a run of tokens: text files, whose tokens 0 to 255 are UTF-8 bytes
+and 256 ends a document; a folder that `prepare` wrote; or token files of nanoGPT and llm.c. The
+last two are memory-mapped.
+
+The stream is endless: every epoch deals out all documents once, in an order of its own, one after
+the other. It is cut into rows of `seqlen` tokens, so that long documents are cut and short ones
+packed. The rows that begin in an epoch are shuffled, so that a batch does not hold neighbours. Each
+row is taken once: no token is dropped or repeated, and any rank can build any row without having
+built another. Step n takes the rows from n x batch_size on.
 """
 
 import functools
 import glob
+import hashlib
+import json
 import os
+import sys
 import sysconfig
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-END_OF_DOCUMENT = 256
+END_OF_DOCUMENT = 256  # of text as bytes
 IGNORED_LABEL = -100
+WINDOW_ROWS = 2**20  # rows are shuffled within windows of so many: 16 ms, however long the epoch
+CHECKED_BYTES = 2**28  # files up to this size are compared with their checksum at every start
+# llm.c's token files (dev/data/data_common.py): 256 int32, of which the first is one of these, the
+# second a version and the third the number of tokens; then the tokens.
+LLM_C_HEADER_BYTES = 1024
+LLM_C_DTYPES = {20240520: "uint16", 20240801: "uint32"}
 
 
 @dataclass
@@ -35,58 +51,101 @@ class Rows:
 
 
 @dataclass(eq=False)
-class TextSource:
-    """Documents as bytes, in memory.
+class Corpus:
+    """Tokenized documents, in memory or memory-mapped.
 
-    tokens: [tokens], uint16, all documents one after the other, each with its end-of-document.
-    starts: [documents + 1], int64: document d is tokens[starts[d] : starts[d + 1]].
+    files: arrays of unsigned integers, which together are one long array of tokens.
+    starts: [documents + 1], int64: document d is starts[d] to starts[d + 1] of it, in one file.
+    vocab_size: no token id is this or larger.
+    tokenizer: the same for corpora with the same token ids, empty where that is not known.
+    note: what the log should say of it, beside its size.
+    """
+
+    files: list[np.ndarray]
+    starts: np.ndarray
+    vocab_size: int
+    tokenizer: str
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self.file_starts = np.cumsum([0, *(len(file) for file in self.files)])
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Returns the tokens from `start` on, of one document."""
+        file = np.searchsorted(self.file_starts, start, side="right") - 1
+        start -= self.file_starts[file]
+        return self.files[file][start : start + length]
+
+
+@dataclass(eq=False)
+class TokenSource:
+    """Rows of some of a corpus's documents.
+
+    starts, lengths: [documents], int64: where in the corpus each begins, and its tokens.
     description: one line for the log.
     """
 
-    tokens: np.ndarray
+    corpus: Corpus
     starts: np.ndarray
+    lengths: np.ndarray
     seed: int
     description: str
 
     def __post_init__(self) -> None:
-        # Pure functions, asked for the same again and again: a batch touches at most two windows,
-        # and those at most three epochs.
-        self.epoch_order = functools.lru_cache(maxsize=3)(self._epoch_order)
+        self.num_tokens = int(self.lengths.sum())  # of an epoch
+        # Pure functions, asked for the same again and again. A batch seldom touches more than two
+        # epochs; for 10 million documents each takes 0.8 s and 160 MB.
+        self.epoch_order = functools.lru_cache(maxsize=2)(self._epoch_order)
         self.window_order = functools.lru_cache(maxsize=2)(self._window_order)
 
     def rows(self, first_row: int, num_rows: int, seqlen: int) -> Rows:
-        """Returns the rows first_row to first_row + num_rows - 1 of the run."""
+        """Returns the rows first_row to first_row + num_rows - 1 of the run.
+
+        Raises ValueError for a token id beyond the corpus's vocabulary, a damaged file.
+        """
         tokens = np.empty((num_rows, seqlen), dtype=np.int64)
         labels = np.full((num_rows, seqlen), IGNORED_LABEL, dtype=np.int64)
         document_lengths = []
-        window_size = max(1, len(self.tokens) // seqlen)
         for row in range(num_rows):
-            window, index = divmod(first_row + row, window_size)
-            order = self.window_order(window, window_size)
-            position = (window * window_size + int(order[index])) * seqlen
-            filled = 0
+            position, filled = self._row_position(first_row + row, seqlen), 0
             while filled < seqlen:
-                epoch, offset = divmod(position + filled, len(self.tokens))
-                documents, ends = self.epoch_order(epoch)
+                epoch, offset = divmod(position + filled, self.num_tokens)
+                order, ends = self.epoch_order(epoch)
                 place = np.searchsorted(ends, offset, side="right")
-                end = self.starts[documents[place] + 1]  # of this document, in self.tokens
-                begin = end - (ends[place] - offset)
-                length = int(min(end - begin, seqlen - filled))
-                following = self.tokens[begin + 1 : min(begin + length + 1, end)]
-                tokens[row, filled : filled + length] = self.tokens[begin : begin + length]
-                labels[row, filled : filled + len(following)] = following
+                document, left = order[place], int(ends[place]) - offset
+                length = min(left, seqlen - filled)
+                start = self.starts[document] + self.lengths[document] - left
+                piece = self.corpus.read(start, min(left, length + 1))  # one more for its label
+                tokens[row, filled : filled + length] = piece[:length]
+                labels[row, filled : filled + len(piece) - 1] = piece[1:]
                 document_lengths.append(length)
                 filled += length
+        if max(tokens.max(), labels.max()) >= self.corpus.vocab_size:
+            raise ValueError(
+                f"{self.description}: it holds the token {max(tokens.max(), labels.max())}, and "
+                f"its vocabulary ends at {self.corpus.vocab_size - 1}; the files are damaged"
+            )
         return Rows(tokens, labels, document_lengths)
+
+    def _row_position(self, row: int, seqlen: int) -> int:
+        """Returns where in the endless stream a row of the run begins."""
+        epoch = row * seqlen // self.num_tokens
+        # The rows that begin in the epoch, one more or less of them from epoch to epoch.
+        first = -(-epoch * self.num_tokens // seqlen)
+        end = -(-(epoch + 1) * self.num_tokens // seqlen)
+        window, index = divmod(row - first, WINDOW_ROWS)
+        first += window * WINDOW_ROWS
+        order = self.window_order(epoch, window, min(WINDOW_ROWS, end - first))
+        return (first + int(order[index])) * seqlen
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the epoch's order of documents, and where each ends in the epoch's stream."""
-        documents = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.starts) - 1)
-        return documents, np.cumsum(np.diff(self.starts)[documents])
+        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.lengths))
+        return order, np.cumsum(self.lengths[order])
 
-    def _window_order(self, window: int, window_size: int) -> np.ndarray:
+    def _window_order(self, epoch: int, window: int, window_size: int) -> np.ndarray:
         """Returns the order in which the rows of a window are taken."""
-        return np.random.default_rng([self.seed, 1, window]).permutation(window_size)
+        return np.random.default_rng([self.seed, 1, epoch, window]).permutation(window_size)
 
 
 @dataclass(eq=False)
@@ -107,75 +166,219 @@ class RandomSource:
         return Rows(tokens, labels, [seqlen] * num_rows)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def open_source(
-    source: str, vocab_size: int, seed: int, skip_undecodable: bool
-) -> TextSource | RandomSource:
-    """Opens what `data_config.source` names; asked again for the same, it returns the same object.
+    split: str,
+    vocab_size: int,
+    num_batches: int,
+    *,
+    source: str,
+    skip_undecodable: bool,
+    end_of_text_id: int,
+    validation_fraction: float,
+    validation_source: str,
+    seqlen: int,
+    batch_size: int,
+    seed: int,
+) -> TokenSource | RandomSource:
+    """Opens one split of what `data_config` names; asked for the same again, it returns the same.
 
-    source: `python-stdlib` (every .py file of the running interpreter's standard library),
-    `random`, or a path or glob of text files; a folder stands for all files below it.
-    skip_undecodable: leave out files that are not UTF-8, and say so in the description.
+    split: "train" or "validation". vocab_size: the model's. num_batches: how many batches the split
+    has to hold without repeating a token. The other arguments are the keys of `data_config`.
 
-    Raises ValueError if there is no such file, no text, a file that is not UTF-8 and not to be
-    skipped, or a token id beyond vocab_size.
+    The validation split's rows do not depend on the seed: runs can be compared.
+
+    Raises ValueError for what cannot be read, token ids beyond vocab_size, and too little text.
     """
-    if source == "random":
+    key, name = "data_config.source", source
+    if split == "validation" and validation_source:
+        key, name = "data_config.validation_source", validation_source
+    if name == "random":
+        if validation_fraction or key != "data_config.source":
+            raise ValueError(f"{key}='random' has no documents that could be held out; name a text")
         return RandomSource(vocab_size, seed)
-    if vocab_size <= END_OF_DOCUMENT:
+    corpus = open_corpus(key, name, skip_undecodable, end_of_text_id)
+    if corpus.vocab_size > vocab_size:
         raise ValueError(
-            f"data_config.source={source!r} has token ids up to {END_OF_DOCUMENT} (bytes and the "
-            f"end of a document), and the model's vocab_size is {vocab_size}; it must be at least "
-            f"{END_OF_DOCUMENT + 1}"
+            f"{key}={name!r} has token ids up to {corpus.vocab_size - 1}, and the model's "
+            f"vocab_size is {vocab_size}; it must be at least {corpus.vocab_size} "
+            f"(model_config.overrides.vocab_size), or the tokenizer another"
         )
-    if source == "python-stdlib":
-        paths, skip_undecodable = _stdlib_paths(), True  # its own tests hold broken files
-    else:
-        paths = _text_paths(source)
+    if key == "data_config.validation_source" and source != "random":
+        tokenizer = open_corpus("data_config.source", source, skip_undecodable, end_of_text_id)
+        if len({corpus.tokenizer, tokenizer.tokenizer} - {""}) > 1:
+            raise ValueError(
+                f"{key}={name!r} and data_config.source={source!r} were not made by the same "
+                f"tokenizer; prepare both with one"
+            )
 
+    starts, lengths = corpus.starts[:-1], np.diff(corpus.starts)
+    if validation_fraction:
+        # Every so many documents one, whatever the seed: floor(documents x fraction) in all.
+        held_out = np.diff(np.floor(np.arange(len(starts) + 1) * validation_fraction)) > 0
+        if not 0 < held_out.sum() < len(starts):
+            raise ValueError(
+                f"data_config.validation_fraction={validation_fraction} of {len(starts):,} "
+                f"documents holds out {held_out.sum()}, and both splits need one at least; change "
+                f"it, or name a data_config.validation_source"
+            )
+        chosen = held_out if split == "validation" else ~held_out
+        starts, lengths = starts[chosen], lengths[chosen]
+    num_tokens, needed = int(lengths.sum()), num_batches * batch_size * seqlen
+    if num_tokens < needed:
+        raise ValueError(
+            f"{key}={name!r} has {num_tokens:,} tokens for {split}, and {num_batches} x batch_size "
+            f"{batch_size} x seqlen {seqlen} = {needed:,} are needed; give it more text, or lower "
+            f"one of these" + (" (the first is eval_iters)" if split == "validation" else "")
+        )
+    description = f"{name}, {len(starts):,} documents, {num_tokens:,} tokens{corpus.note}"
+    return TokenSource(corpus, starts, lengths, 0 if split == "validation" else seed, description)
+
+
+@functools.lru_cache(maxsize=2)
+def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int) -> Corpus:
+    """Opens what a key of the config, for messages, names; see `data_config` for the arguments."""
+    if os.path.isdir(name) and {"meta.json", "tokens.bin"} & set(os.listdir(name)):
+        return read_prepared(name)
+    skip_undecodable |= name == "python-stdlib"  # whose own tests hold broken files
+    paths = find_files(key, name)
+    if all(path.endswith(".bin") for path in paths):
+        return _read_token_files(paths, end_of_text_id)
     documents, skipped = [], []
     for path in paths:
-        try:
-            with open(path, "rb") as file:
-                document = file.read()
-            document.decode("utf-8")
-        except OSError as error:
-            raise ValueError(f"data_config.source: {path} cannot be read: {error}") from None
-        except UnicodeDecodeError as error:
-            if not skip_undecodable:
-                raise ValueError(
-                    f"{path} is not UTF-8 (byte {error.start}); convert or remove it, or leave "
-                    f"such files out with data_config.skip_undecodable=true"
-                ) from None
+        document = read_text(path, skip_undecodable)
+        if document is None:
             skipped.append(os.path.basename(path))
         else:
             documents.append(document)
     if not any(documents):
         raise ValueError(
-            f"data_config.source={source!r} holds no text: {len(documents)} of its {len(paths)} "
-            f"files are empty, {len(skipped)} are not UTF-8"
+            f"{key}={name!r} holds no text: {len(documents)} of its {len(paths)} files are empty, "
+            f"{len(skipped)} are not UTF-8"
         )
-
-    lengths = np.array([len(document) + 1 for document in documents])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.cumsum([0, *(len(document) + 1 for document in documents)])
     tokens = np.empty(starts[-1], dtype=np.uint16)
     for start, document in zip(starts[:-1], documents, strict=True):
         tokens[start : start + len(document)] = np.frombuffer(document, dtype=np.uint8)
     tokens[starts[1:] - 1] = END_OF_DOCUMENT
-    description = f"{source}, {len(documents):,} documents, {len(tokens):,} tokens"
+    note = ""
     if skipped:
         names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        description += f", without {len(skipped)} files that are not UTF-8: {names}"
-    return TextSource(tokens, starts, seed, description)
+        note = f", without {len(skipped)} files that are not UTF-8: {names}"
+    return Corpus([tokens], starts, END_OF_DOCUMENT + 1, "bytes", note)
 
 
-def _stdlib_paths() -> list[str]:
-    files = _files_below(sysconfig.get_path("stdlib"), ("site-packages", "dist-packages"))
-    return [path for path in files if path.endswith(".py")]
+def read_text(path: str, skip_undecodable: bool) -> bytes | None:
+    """Returns the file's UTF-8 bytes, None for a file that is not UTF-8 and to be skipped."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+        text.decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        if skip_undecodable:
+            return None
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start}); convert or remove it, or leave such files "
+            f"out with data_config.skip_undecodable=true (of `prepare`: --skip-undecodable)"
+        ) from None
+    return text
 
 
-def _text_paths(source: str) -> list[str]:
-    pattern = os.path.expanduser(source)
+def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
+    """Maps files of nanoGPT (uint16, no header) or llm.c, and finds the documents in them.
+
+    A document ends with end_of_text_id or with its file. Each file is read once, to find them.
+    """
+    files, starts, largest, base = [], [np.zeros(1, dtype=np.int64)], 0, 0
+    for path in paths:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype=np.int32, count=LLM_C_HEADER_BYTES // 4)
+        is_llm_c = len(header) == LLM_C_HEADER_BYTES // 4 and header[0] in LLM_C_DTYPES
+        dtype = np.dtype(LLM_C_DTYPES[header[0]] if is_llm_c else "uint16")
+        offset = LLM_C_HEADER_BYTES if is_llm_c else 0
+        num_tokens, rest = divmod(size - offset, dtype.itemsize)
+        if num_tokens == 0 or rest or (is_llm_c and num_tokens != header[2]):
+            wanted = f"{header[2]:,}" if is_llm_c else "some"
+            raise ValueError(
+                f"{path} has {size:,} bytes; {wanted} tokens of {dtype} after a header of {offset} "
+                f"bytes would be another number"
+            )
+        tokens = np.asarray(np.memmap(path, dtype, mode="r", offset=offset))
+        for first in range(0, num_tokens, 2**24):
+            block = tokens[first : first + 2**24]
+            starts.append(np.flatnonzero(block == end_of_text_id) + base + first + 1)
+            largest = max(largest, int(block.max()))
+        files.append(tokens)
+        base += num_tokens
+        if tokens[-1] != end_of_text_id:
+            starts.append(np.array([base]))
+    return Corpus(files, np.concatenate(starts), largest + 1, tokenizer="")
+
+
+def read_prepared(folder: str, checked_bytes: float = CHECKED_BYTES) -> Corpus:
+    """Maps a folder that `data.py prepare` wrote.
+
+    checked_bytes: the size of files above which the checksum is not compared.
+    Raises ValueError where the files do not fit `meta.json`.
+    """
+    again = f"the folder is damaged or not whole; remove {folder} and prepare it again"
+    try:
+        with open(os.path.join(folder, "meta.json")) as file:
+            meta = json.load(file)
+        vocab_size, dtype = meta["vocab_size"], np.dtype(meta["dtype"])
+        counts = {"tokens.bin": meta["num_tokens"], "offsets.bin": meta["num_documents"] + 1}
+        checksums = {name: meta["sha256"][name] for name in counts}
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): {again}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/meta.json makes no sense ({error!r}): {again}") from None
+    if dtype != token_dtype(vocab_size):
+        raise ValueError(
+            f"{folder}/meta.json says dtype {dtype}, and {vocab_size} token ids are stored as "
+            f"{token_dtype(vocab_size)}: {again}"
+        )
+    arrays = {}
+    for name, item in (("tokens.bin", dtype), ("offsets.bin", np.dtype(np.int64))):
+        path = os.path.join(folder, name)
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size != counts[name] * item.itemsize:
+            raise ValueError(
+                f"{path} has {size:,} bytes, and meta.json says {counts[name]:,} x "
+                f"{item.itemsize}: {again}"
+            )
+        if size <= checked_bytes and sha256(path) != checksums[name]:
+            raise ValueError(f"{path} does not have the checksum that meta.json says: {again}")
+        arrays[name] = np.asarray(np.memmap(path, item, mode="r"))  # plain slices are faster
+    tokens, starts = arrays["tokens.bin"], np.array(arrays["offsets.bin"])
+    if starts[0] != 0 or starts[-1] != len(tokens) or (np.diff(starts) < 0).any():
+        raise ValueError(f"{folder}/offsets.bin does not cover tokens.bin: {again}")
+    return Corpus([tokens], starts, vocab_size, meta.get("tokenizer_sha256", ""))
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Returns the smallest unsigned type that holds the token ids 0 to vocab_size - 1."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+def sha256(path: str) -> str:
+    """Returns the file's SHA-256 in hexadecimal, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_files(key: str, name: str) -> list[str]:
+    """Returns the files that a path, folder (all files below it), glob or `python-stdlib` stands
+    for, in a fixed order. key: what the name was given as. Raises ValueError if there is none.
+    """
+    if name == "python-stdlib":
+        stdlib = _files_below(sysconfig.get_path("stdlib"), ("site-packages", "dist-packages"))
+        return [path for path in stdlib if path.endswith(".py")]
+    pattern = os.path.expanduser(name)
     if os.path.isdir(pattern):
         paths = _files_below(pattern)
     elif os.path.isfile(pattern):
@@ -184,8 +387,8 @@ def _text_paths(source: str) -> list[str]:
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
         raise ValueError(
-            f"data_config.source={source!r} names no file; it must be 'python-stdlib', 'random', "
-            f"or a path, folder or glob of text files"
+            f"{key}={name!r} names no file; it must be 'python-stdlib', a path, a folder or a glob"
+            + (", or 'random'" if key == "data_config.source" else "")
         )
     return paths
 
@@ -196,3 +399,9 @@ def _files_below(root: str, left_out: tuple[str, ...] = ()) -> list[str]:
         subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in left_out]
         paths += [os.path.join(folder, name) for name in names]
     return sorted(paths)
+
+
+if __name__ == "__main__":
+    import prepare_corpus  # its command line; training needs neither it nor its libraries
+
+    prepare_corpus.main(sys.argv[1:])

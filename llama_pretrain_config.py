@@ -15,8 +15,11 @@ import sys
 from typing import Any
 
 data_config = dict(
-    source="python-stdlib",  # `python-stdlib`, `random`, or a path, folder or glob of text files
+    source="python-stdlib",  # that, `random`, a folder of `data.py prepare`, or text or .bin files
     skip_undecodable=False,  # skip files that are not UTF-8, else stop; python-stdlib always skips
+    end_of_text_id=50256,  # ends a document in .bin files: GPT-2's, or 128000 in llm.c's Llama 3
+    validation_fraction=0.0,  # of the documents, held out of training to evaluate on
+    validation_source="",  # or a corpus of its own to evaluate on, named like source
     seqlen=8192,  # tokens per row
     batch_size=8,  # rows per global batch: one step, all ranks together
     seed=42,  # of the data order
@@ -32,6 +35,8 @@ train_config = dict(
     gradient_accumulation_steps=1,  # micro-batches per step: a rank splits its rows into so many
     dtype="bfloat16",  # of the computation, or `float32`; weights and optimizer are float32
     activation_checkpointing="full",  # `none`, or `full`: recompute each layer in backward
+    eval_interval=0,  # steps between evaluations on the held-out documents, and at the end; 0: none
+    eval_iters=20,  # batches per evaluation, the same each time
     seed=42,  # of the weights
     output_dir="runs/llama",  # gets config.json, metrics.jsonl and TensorBoard events
     optimizer_config=dict(
@@ -57,6 +62,7 @@ RULES = {
     "above 0": lambda value: 0 < value < math.inf,
     "above 0, or inf for no clipping": lambda value: value > 0,
     "from 0 to 1": lambda value: 0 <= value <= 1,
+    "from 0 to below 1": lambda value: 0 <= value < 1,
     "from 0 to 2^32 - 1": lambda value: 0 <= value < 2**32,
     "two numbers from 0 to below 1": lambda value: (
         len(value) == 2 and all(type(v) in (int, float) and 0 <= v < 1 for v in value)
@@ -66,6 +72,9 @@ RULES = {
 SCHEMA = {
     "data_config.source": (str, None),
     "data_config.skip_undecodable": (bool, None),
+    "data_config.end_of_text_id": (int, "at least 0"),
+    "data_config.validation_fraction": (float, "from 0 to below 1"),
+    "data_config.validation_source": (str, None),
     "data_config.seqlen": (int, "at least 1"),
     "data_config.batch_size": (int, "at least 1"),
     "data_config.seed": (int, "from 0 to 2^32 - 1"),
@@ -75,6 +84,8 @@ SCHEMA = {
     "train_config.gradient_accumulation_steps": (int, "at least 1"),
     "train_config.dtype": (str, ("bfloat16", "float32")),
     "train_config.activation_checkpointing": (str, ("none", "full")),
+    "train_config.eval_interval": (int, "at least 0"),
+    "train_config.eval_iters": (int, "at least 1"),
     "train_config.seed": (int, "from 0 to 2^32 - 1"),
     "train_config.output_dir": (str, None),
     "train_config.optimizer_config.learning_rate": (float, "at least 0"),
@@ -127,6 +138,7 @@ def resolve(arguments: list[str], world_size: int) -> list[str]:
         )
         parallel_config["context_parallel_size"] = 1
     _check_layout(world_size)
+    _check_validation()
     return notes
 
 
@@ -195,6 +207,20 @@ def _check_layout(world_size: int) -> None:
             f"data_config.batch_size={batch_size} must be a multiple of {parts}, which is dp "
             f"{dp_size} (world size {world_size} / cp {cp_size}) x gradient_accumulation_steps "
             f"{accumulation}; the next is {-(-batch_size // parts) * parts}"
+        )
+
+
+def _check_validation() -> None:
+    fraction, source = data_config["validation_fraction"], data_config["validation_source"]
+    if fraction and source:
+        raise ValueError(
+            f"data_config.validation_fraction={fraction} and validation_source={source!r} exclude "
+            f"each other; set one"
+        )
+    if train_config["eval_interval"] and not (fraction or source):
+        raise ValueError(
+            f"train_config.eval_interval={train_config['eval_interval']} needs documents to "
+            f"evaluate on; set data_config.validation_fraction or validation_source"
         )
 
 

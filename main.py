@@ -28,7 +28,7 @@ import context_parallel
 import llama_pretrain_config
 import metrics
 from configuration_llama import LlamaConfig
-from data import IGNORED_LABEL, RandomSource, TextSource, open_source
+from data import IGNORED_LABEL, RandomSource, TokenSource, open_source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from metrics import log
 from modeling_llama import LlamaForCausalLM
@@ -152,7 +152,9 @@ def build_optimizer(
     return optimizer, LambdaLR(optimizer, learning_rate_factor)
 
 
-def prepare_data(device_mesh: DeviceMesh, train_iter: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def prepare_data(
+    device_mesh: DeviceMesh, train_iter: int, split: str = "train"
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Returns this dp rank's part of step train_iter (the first is 0), one tuple per micro-batch.
 
     Each is (input_ids [S], labels [S], cu_seqlens [documents + 1], int32), on the CPU: the rows
@@ -164,7 +166,7 @@ def prepare_data(device_mesh: DeviceMesh, train_iter: int) -> list[tuple[Tensor,
     rank_rows = batch_size // device_mesh["dp"].size()
     first_row = train_iter * batch_size + device_mesh["dp"].get_local_rank() * rank_rows
     num_rows = rank_rows // accumulation
-    source = open_token_source()
+    source = open_token_source(split)
     micro_batches = []
     for micro in range(accumulation):
         rows = source.rows(first_row + micro * num_rows, num_rows, seqlen)
@@ -177,14 +179,10 @@ def prepare_data(device_mesh: DeviceMesh, train_iter: int) -> list[tuple[Tensor,
     return micro_batches
 
 
-def open_token_source() -> TextSource | RandomSource:
-    """Returns the opened `data_config.source`; the first call reads it."""
-    return open_source(
-        data_config["source"],
-        build_llama_config().vocab_size,
-        data_config["seed"],
-        data_config["skip_undecodable"],
-    )
+def open_token_source(split: str) -> TokenSource | RandomSource:
+    """Returns the opened "train" or "validation" split; the first call reads it."""
+    num_batches = train_config["eval_iters"] if split == "validation" else 1
+    return open_source(split, build_llama_config().vocab_size, num_batches, **data_config)
 
 
 def prepare_magi_attention(
@@ -273,6 +271,24 @@ def forward_backward(
     return loss_sum, num_labels, area, plan_seconds
 
 
+@torch.no_grad()
+def evaluate(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> float:
+    """Returns the mean loss, in nats per label, of the first eval_iters batches of the held-out
+    documents: the same batches each time, and the same value for every layout.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=device_mesh.device_type)
+    for eval_iter in range(train_config["eval_iters"]):
+        for micro_batch in prepare_data(device_mesh, eval_iter, "validation"):
+            input_ids, labels, position_ids, key = prepare_magi_attention(
+                *micro_batch, model.config, device_mesh
+            )
+            totals[0] += model(input_ids, position_ids, key, labels)
+            totals[1] += (labels != IGNORED_LABEL).sum()  # of this rank's shard
+    model.reshard()  # the root's parameters: FSDP leaves that to a backward pass
+    dist.all_reduce(totals, group=dp_cp_mesh(device_mesh).get_group())
+    return (totals[0] / totals[1].clamp(min=1)).item()
+
+
 def train(
     model: LlamaForCausalLM,
     optimizer: torch.optim.Optimizer,
@@ -294,6 +310,7 @@ def train(
         world_size=world.size(),
     )
     max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
+    eval_interval = train_config["eval_interval"]
     step_start = time.perf_counter()
     for train_iter in range(train_iters):
         data_start = time.perf_counter()
@@ -323,6 +340,11 @@ def train(
 
         step_seconds = time.perf_counter() - step_start
         step_start += step_seconds
+        eval_loss = None
+        is_last = train_iter + 1 == train_iters
+        if eval_interval and (is_last or (train_iter + 1) % eval_interval == 0):
+            eval_loss = evaluate(model, device_mesh)
+            step_start = time.perf_counter()  # no step's time holds an evaluation
         writer.write(
             step=train_iter + 1,
             loss=loss,
@@ -333,6 +355,7 @@ def train(
             step_seconds=step_seconds,
             plan_seconds=plan_seconds,
             data_seconds=data_seconds,
+            eval_loss=eval_loss,
         )
     writer.close()
 
@@ -379,7 +402,9 @@ def set_up(arguments: list[str]) -> None:
         "cuda" if on_gpu else "cpu",
     )
     parallel_config["context_parallel_backend"] = backend
-    source = open_token_source()
+    sources = {"data": open_token_source("train")}
+    if train_config["eval_interval"]:
+        sources["validation"] = open_token_source("validation")
     metrics.make_output_dir(train_config["output_dir"])
 
     for line in notes:
@@ -388,7 +413,8 @@ def set_up(arguments: list[str]) -> None:
     cp_size = parallel_config["context_parallel_size"]
     log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
     log(f"attention: {backend} ({reason})")
-    log(f"data: {source.description}")
+    for name, source in sources.items():
+        log(f"{name}: {source.description}")
     log(f"config: {json.dumps(llama_pretrain_config.sections())}")
     log(f"model: {json.dumps(asdict(config))}")
 

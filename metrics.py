@@ -8,6 +8,7 @@ draws the loss of runs (folders that hold a metrics.jsonl) into one picture.
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -177,9 +178,11 @@ class MetricsWriter:
         step_seconds: float,
         plan_seconds: float,
         data_seconds: float,
+        eval_loss: float | None = None,
     ) -> None:
         """step: the first is 1. num_labels, area: labels that counted and (query, key) pairs of the
-        attention mask, over all ranks. The seconds are this rank's.
+        attention mask, over all ranks. The seconds are this rank's. eval_loss: in nats per label,
+        if there was an evaluation after the step.
         """
         flops = training_flops(self.llama_config, self.tokens_per_step, area)
         flops_per_gpu = flops / self.world_size / step_seconds
@@ -198,6 +201,10 @@ class MetricsWriter:
             "plan_ms": plan_seconds * 1e3,
             "data_ms": data_seconds * 1e3,
         }
+        if eval_loss is not None:
+            # Beyond exp(700) a float ends, and so, long before, does the use of a perplexity.
+            perplexity = math.exp(eval_loss) if eval_loss < 700 else None
+            record |= {"eval_loss": eval_loss, "eval_perplexity": perplexity}
         log(format_step(record, self.train_iters))
         if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
@@ -216,7 +223,7 @@ class MetricsWriter:
 def format_step(record: dict[str, Any], train_iters: int) -> str:
     """Returns the log line of one step: a fixed order, with units."""
     mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
-    return (
+    line = (
         f"step: {record['step']}/{train_iters}  loss: {record['loss']:.4f}  "
         f"grad_norm: {record['grad_norm']:.4f}  lr: {record['lr']:.2e}  "
         f"tokens: {record['tokens']:,}  time: {record['step_ms']:,.0f} ms  "
@@ -224,6 +231,11 @@ def format_step(record: dict[str, Any], train_iters: int) -> str:
         f"mfu: {mfu}  memory: {record['peak_memory_gib']:.2f} GiB  "
         f"plan: {record['plan_ms']:.1f} ms  data: {record['data_ms']:.1f} ms"
     )
+    if "eval_loss" in record:
+        perplexity = record["eval_perplexity"]
+        line += f"  eval_loss: {record['eval_loss']:.4f}  eval_perplexity: "
+        line += "n/a" if perplexity is None else f"{perplexity:.2f}"
+    return line
 
 
 def _keep_earlier(output_dir: str, names: list[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import llama_pretrain_config
+from data import RandomSource, TokenSource, open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes
@@ -72,6 +73,15 @@ def run(*command: str, check: bool = True, **env: str) -> subprocess.CompletedPr
 def torchrun(processes: int, *command, check=True, **env: str) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return run(*launcher, f"--nproc-per-node={processes}", *command, check=check, **env)
+
+
+def open_data(
+    source, split="train", vocab_size=257, num_batches=1, **keys
+) -> TokenSource | RandomSource:
+    """The opened source, not a cached one; `keys` replace the defaults of data_config."""
+    small = {"source": str(source), "seqlen": 1, "batch_size": 1}
+    config = {**llama_pretrain_config.data_config, **small, **keys}
+    return open_source.__wrapped__(split, vocab_size, num_batches, **config)
 
 
 def read_metrics(output_dir) -> list[dict]:

@@ -6,12 +6,12 @@ import math
 import pytest
 import reference
 import torch
-from conftest import ROOT, read_metrics, relative_error, torchrun
+from conftest import ROOT, open_data, read_metrics, relative_error, torchrun
 from torch.distributed.fsdp import FSDPModule
 
 import main
 from configuration_llama import LlamaConfig
-from data import IGNORED_LABEL, open_source
+from data import IGNORED_LABEL
 from modeling_llama import LlamaForCausalLM
 
 SEQLEN, BATCH_SIZE = 101, 4  # an odd length: chunks and cp ranks do not divide it, so it is padded
@@ -94,7 +94,7 @@ def results(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folder, results):
     """{variant: loss, gradients, ...} of the dense reference, in float64."""
-    rows = open_source(folder, 257, 42, False).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
+    rows = open_data(folder).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
     tokens = torch.from_numpy(rows.tokens).flatten()
     found = {}
     for variant in VARIANTS:
@@ -145,7 +145,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(
 
 def test_the_batch_has_what_it_should(folder):
     """One-token documents, a document that fills a row, labels that are ignored."""
-    rows = open_source(folder, 257, 42, False).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
+    rows = open_data(folder).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
     assert min(rows.document_lengths) == 1
     assert max(rows.document_lengths) == SEQLEN
     assert (rows.labels == IGNORED_LABEL).sum() == (rows.tokens == 256).sum() > 2
@@ -230,7 +230,7 @@ def test_training_steps_like_the_formulas(folder, tmp_path):
     weights = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
     first_moment = {n: torch.zeros_like(w) for n, w in weights.items()}
     second_moment = {n: torch.zeros_like(w) for n, w in weights.items()}
-    source = open_source(folder, 257, 42, False)
+    source = open_data(folder)
     rates = [peak / 2, peak]  # then half a cosine over the three steps that are left
     rates += [peak * (floor + (1 - floor) * (1 + math.cos(math.pi * i / 3)) / 2) for i in (1, 2, 3)]
     for step, record in enumerate(read_metrics(tmp_path), start=1):
