@@ -1,0 +1,146 @@
+"""The documents of text, JSON and parquet files, part by part, for `prepare_corpus.py`.
+
+Whatever is wrong with a document is a ValueError that says where it stands.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from data import read_text
+
+PIECE_BYTES = 2**22  # of text: what a process works on at a time
+BATCH_ROWS = 64  # of parquet, read at a time
+
+
+def cut(files: list[str], field: str) -> Iterator[list[tuple[str, int, int]]]:
+    """Yields pieces of about PIECE_BYTES, as (file, begin, end): parts of large files, several
+    small ones. They count bytes, in parquet row groups.
+    """
+    piece, piece_bytes = [], 0
+    for path in files:
+        size = os.path.getsize(path)
+        if path.endswith(".parquet"):
+            parts = _row_groups(path, field)
+        elif path.endswith(".jsonl"):
+            begins = range(0, size, PIECE_BYTES)
+            parts = [(begin, begin + PIECE_BYTES, min(size, PIECE_BYTES)) for begin in begins]
+        else:
+            parts = [(0, size, size)]
+        for begin, end, part_bytes in parts:
+            piece.append((path, begin, end))
+            piece_bytes += part_bytes
+            if piece_bytes >= PIECE_BYTES:
+                yield piece
+                piece, piece_bytes = [], 0
+    if piece:
+        yield piece
+
+
+def _row_groups(path: str, field: str) -> list[tuple[int, int, int]]:
+    """Returns (first, end, bytes) of each row group, which is read as a whole."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names, metadata = file.schema_arrow.names, file.metadata
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
+    check_columns(names, path, field)
+    groups = range(metadata.num_row_groups)
+    return [(i, i + 1, metadata.row_group(i).total_byte_size) for i in groups]
+
+
+def read_texts(
+    path: str, begin: int, end: int, field: str, skip_undecodable: bool
+) -> Iterator[str]:
+    """Yields the texts of a part of a file. Raises ValueError with the file and the line or row."""
+    if path.endswith(".parquet"):
+        yield from _read_parquet(path, begin, end, field)
+    elif path.endswith(".jsonl"):
+        yield from _read_lines(path, begin, end, field)
+    elif (text := read_text(path, skip_undecodable)) is None:
+        print(f"left out, not UTF-8: {path}", file=sys.stderr)
+    elif not path.endswith(".json"):
+        yield text.decode()
+    elif not text.lstrip().startswith(b"["):
+        yield from _read_lines(path, begin, end, field)
+    else:
+        with located(lambda: path):
+            documents = json.loads(text)
+        for i, document in enumerate(documents):
+            with located(lambda: f"{path}, element {i + 1}"):  # noqa: B023  called at once
+                document = text_of(document, field)
+            yield document
+
+
+def _read_lines(path: str, begin: int, end: int, field: str) -> Iterator[str]:
+    """Yields the texts of the lines of JSON that begin at the bytes from begin to end - 1."""
+
+    def where() -> str:
+        file.seek(0)  # only now is it worth counting which line this is
+        number = 1
+        while file.tell() < position:
+            file.readline()
+            number += 1
+        return f"{path}, line {number}"
+
+    with open(path, "rb") as file:
+        if begin > 0:
+            file.seek(begin - 1)
+            file.readline()
+        while (position := file.tell()) < end and (line := file.readline()):
+            if not line.isspace():
+                with located(where):
+                    text = text_of(json.loads(line.decode()), field)
+                yield text
+
+
+def _read_parquet(path: str, begin: int, end: int, field: str) -> Iterator[str]:
+    """Yields the texts of the row groups from begin to end - 1."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        row = sum(file.metadata.row_group(i).num_rows for i in range(begin))
+        for batch in file.iter_batches(BATCH_ROWS, list(range(begin, end)), [field]):
+            for value in batch.column(0):
+                row += 1
+                with located(lambda: f"{path}, row {row}"):  # noqa: B023  called at once
+                    text = text_of({field: value.as_py()}, field)
+                yield text
+
+
+@contextlib.contextmanager
+def located(where: Callable[[], str]) -> Iterator[None]:
+    """Puts the place in front of a ValueError from inside."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column" if error.lineno > 1 else "column"
+        raise ValueError(f"{where()}: invalid JSON, {error.msg} at {place} {error.colno}") from None
+    except UnicodeError as error:
+        raise ValueError(f"{where()}: not UTF-8, {error.reason}") from None
+    except ValueError as error:
+        raise ValueError(f"{where()}: {error}") from None
+
+
+def text_of(document: Any, field: str) -> str:
+    """Returns the document's text; raises ValueError, without saying where, if it has none."""
+    if not isinstance(document, dict):
+        raise ValueError(f"a {type(document).__name__}, and not an object with a field {field!r}")
+    if field not in document:
+        fields = ", ".join(document) or "none"
+        raise ValueError(f"no field {field!r}; its fields are {fields} (--field)")
+    text = document[field]
+    if not isinstance(text, str):
+        raise ValueError(f"field {field!r} is of type {type(text).__name__}, and must be text")
+    text.encode()  # JSON can spell half of a surrogate pair
+    return text
+
+
+def check_columns(columns: list[str], name: str, field: str) -> None:
+    if field not in columns:
+        raise ValueError(f"{name}: no column {field!r}; its columns are {', '.join(columns)}")

@@ -1,0 +1,336 @@
+"""Tokenizes a corpus into a folder that training reads with numpy alone.
+
+    python data.py prepare 'books/*.txt' more.jsonl --tokenizer T --output DIR
+
+An INPUT is a text file (one document), a .jsonl or .json file (a document a line, or a list of
+them), a .parquet file (a document a row), a folder or a glob of such files, `python-stdlib`, or a
+data set of the Hugging Face hub, OWNER/NAME or OWNER/NAME:CONFIG, whose split `train` is taken.
+Files come first, in the order given.
+
+T is `bytes`, a tokenizer.json, or what transformers.AutoTokenizer takes: a folder or a hub name.
+Every document is followed by the end-of-text token; no other special token is added, and one that
+is spelled out in a text is text.
+
+DIR then holds tokens.bin, offsets.bin, meta.json and, but for `bytes`, the tokenizer. It is
+written as DIR.partial and renamed when it is whole; what an interrupted run left there is removed
+by the next.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from data import END_OF_DOCUMENT, find_files, read_prepared, sha256, token_dtype
+from documents import check_columns, cut, located, read_texts, text_of
+
+ENCODED_DOCUMENTS = 64  # that a tokenizer gets at a time
+
+
+class Encoder:
+    """A tokenizer, and how a document becomes tokens: its text's, then the end of text.
+
+    vocab_size: no token id is this or larger. sha256: of the vocabulary, which tells tokenizers
+    apart; `bytes` for bytes.
+    """
+
+    def __init__(self, name: str, end_of_text: str | None) -> None:
+        """name: `bytes`, a tokenizer.json, or what AutoTokenizer takes. end_of_text: the token that
+        ends a document; None: the tokenizer's own. Raises ValueError if there is none such.
+        """
+        self.name, self.tokenizer = name, None
+        if name == "bytes":
+            self.end_of_text_id, self.sha256 = END_OF_DOCUMENT, "bytes"
+            self.vocab_size = END_OF_DOCUMENT + 1
+            return
+        import transformers
+
+        try:
+            if name.endswith(".json"):
+                self.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+            else:
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # of any kind: the file is missing, broken, not a tokenizer
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
+        vocabulary = self.tokenizer.get_vocab()
+        if end_of_text is None:
+            end_of_text = self.tokenizer.eos_token
+        if end_of_text not in vocabulary:
+            special = ", ".join(map(str, self.tokenizer.added_tokens_encoder)) or "none"
+            raise ValueError(
+                f"--tokenizer {name} has no end-of-text token {end_of_text or ''!r}; name one of "
+                f"its tokens with --end-of-text (its special tokens: {special})"
+            )
+        self.tokenizer.eos_token = end_of_text  # and so it is in the copy that `save` writes
+        self.end_of_text_id = vocabulary[end_of_text]
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.sha256 = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+
+    def encode(self, texts: list[str]) -> dict[str, list]:
+        """Returns `tokens`, an array per text, and `num_bytes`, of each text as UTF-8."""
+        if self.tokenizer is None:
+            ids = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        else:
+            ids = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                split_special_tokens=True,  # not to be smuggled in by a text
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
+        tokens = [np.append(np.asarray(i, dtype=np.int64), self.end_of_text_id) for i in ids]
+        largest = max(document.max() for document in tokens)
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"--tokenizer {self.name} made the token {largest}, beyond its own vocabulary of "
+                f"{self.vocab_size}"
+            )
+        dtype = token_dtype(self.vocab_size)
+        return {
+            "tokens": [document.astype(dtype) for document in tokens],
+            "num_bytes": [len(text.encode()) for text in texts],
+        }
+
+
+def prepare(
+    inputs: list[str],
+    tokenizer: str,
+    output: str,
+    field: str,
+    end_of_text: str | None,
+    skip_undecodable: bool,
+    processes: int,
+) -> None:
+    """Tokenizes `inputs` into the folder `output`; the arguments are those of the command line.
+
+    Raises ValueError for what cannot be used; then, as after any error, there is no `output`.
+    """
+    output = os.path.abspath(output)
+    if processes < 1:
+        raise ValueError(f"--processes {processes} must be at least 1")
+    if os.path.exists(output):
+        raise ValueError(f"--output {output} is there already; remove it or name another")
+    try:
+        import datasets  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error}: to prepare data, `pip install datasets transformers`") from None
+    # The workers are processes already, and a tokenizer with threads of its own warns of forks.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    encoder = Encoder(tokenizer, end_of_text)
+    files, hub_names = _find_inputs(inputs)
+    skip_undecodable |= "python-stdlib" in inputs  # whose own tests hold broken files
+
+    partial = f"{output}.partial"
+    os.makedirs(partial, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{partial} is being written by another process") from None
+    try:
+        for entry in os.scandir(partial):
+            shutil.rmtree(entry) if entry.is_dir() else os.remove(entry)
+        start = time.perf_counter()
+        parts = [_open_files(files, field, skip_undecodable)] if files else []
+        parts += [_open_hub(name, field) for name in hub_names]
+        cache = os.path.join(partial, "cache")
+        os.mkdir(cache)
+        parts = [
+            _tokenize(dataset, read, encoder, os.path.join(cache, f"{i}.arrow"), processes)
+            for i, (dataset, read) in enumerate(parts)
+        ]
+        num_documents, num_tokens, num_bytes = _write_tokens(partial, parts)
+        if num_bytes == 0:
+            raise ValueError(f"{', '.join(inputs)}: no text in {num_documents} documents")
+        shutil.rmtree(cache)
+        meta = {
+            "tokenizer": tokenizer,
+            "tokenizer_sha256": encoder.sha256,
+            "vocab_size": encoder.vocab_size,
+            "end_of_text_id": encoder.end_of_text_id,
+            "dtype": str(token_dtype(encoder.vocab_size)),
+            "num_documents": num_documents,
+            "num_tokens": num_tokens,
+            "num_bytes": num_bytes,
+            "sha256": {n: sha256(os.path.join(partial, n)) for n in ("tokens.bin", "offsets.bin")},
+        }
+        with open(os.path.join(partial, "meta.json"), "w") as file:
+            json.dump(meta, file, indent=2)
+        if encoder.tokenizer is not None:
+            encoder.tokenizer.save_pretrained(os.path.join(partial, "tokenizer"))
+        for folder, _, names in os.walk(partial):
+            for name in [*names, "."]:
+                _fsync(os.path.join(folder, name))
+        os.rename(partial, output)
+        _fsync(os.path.dirname(output))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+    seconds = time.perf_counter() - start
+    print(
+        f"{output}: {num_documents:,} documents, {num_tokens:,} tokens, "
+        f"{num_bytes / num_tokens:.2f} bytes per token, {num_tokens / seconds:,.0f} tokens/s"
+    )
+
+
+def _find_inputs(inputs: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the files, and the names that can only be the hub's."""
+    files, hub_names = [], []
+    for name in inputs:
+        try:
+            found = find_files("INPUT", name)
+        except ValueError:
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name):
+                raise
+            hub_names.append(name)
+            continue
+        if not any(os.path.getsize(path) for path in found):
+            raise ValueError(f"INPUT={name!r} is empty: {len(found)} files of 0 bytes")
+        files += found
+    return files, hub_names
+
+
+def _open_files(files: list[str], field: str, skip_undecodable: bool) -> tuple[Any, Callable]:
+    """Returns a data set of pieces of the files, and a function that yields a batch's texts."""
+    import datasets
+
+    def read(batch: dict[str, list[str]]) -> Iterator[str]:
+        for piece in batch["piece"]:
+            for path, begin, end in json.loads(piece):
+                yield from read_texts(path, begin, end, field, skip_undecodable)
+
+    pieces = [json.dumps(piece) for piece in cut(files, field)]
+    return datasets.Dataset.from_dict({"piece": pieces}), read
+
+
+def _open_hub(name: str, field: str) -> tuple[Any, Callable]:
+    """The same for a data set of the hub; `datasets` downloads it into its own cache."""
+    import datasets
+
+    repository, _, config = name.partition(":")
+    try:
+        dataset = datasets.load_dataset(repository, config or None, split="train")
+    except Exception as error:  # of many kinds: no network, no such name, no such config
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"INPUT={name!r} names no file, nor a data set: {reason}") from None
+    check_columns(dataset.column_names, name, field)
+
+    def read(batch: dict[str, list]) -> Iterator[str]:
+        for text in batch[field]:
+            with located(lambda: name):
+                text = text_of({field: text}, field)
+            yield text
+
+    return dataset.select_columns([field]), read
+
+
+def _tokenize(dataset: Any, read: Callable, encoder: Encoder, path: str, processes: int) -> Any:
+    """Returns a data set with the columns of `Encoder.encode`, a row per document, stored at path.
+
+    read: yields the texts of a batch of the data set.
+    """
+    import datasets
+
+    parent = os.getpid()
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded, texts = {"tokens": [], "num_bytes": []}, read(batch)
+        while some := list(itertools.islice(texts, ENCODED_DOCUMENTS)):
+            if parent not in (os.getpid(), os.getppid()):
+                os._exit(1)  # it was killed, and nobody would take the tokens
+            for column, values in encoder.encode(some).items():
+                encoded[column] += values
+        return encoded
+
+    token = datasets.Value(str(token_dtype(encoder.vocab_size)))
+    processes = min(processes, len(dataset))
+    return dataset.map(
+        encode,
+        batched=True,
+        batch_size=1 if dataset.column_names == ["piece"] else ENCODED_DOCUMENTS,
+        remove_columns=dataset.column_names,
+        features=datasets.Features(
+            {"tokens": datasets.Sequence(token), "num_bytes": datasets.Value("int64")}
+        ),
+        cache_file_name=path,
+        load_from_cache_file=False,
+        new_fingerprint=os.path.basename(path),  # otherwise a hash of the whole tokenizer
+        num_proc=processes if processes > 1 else None,
+        desc="Tokenizing",
+    )
+
+
+def _write_tokens(folder: str, parts: list[Any]) -> tuple[int, int, int]:
+    """Writes tokens.bin and offsets.bin. Returns the documents, tokens and bytes of text."""
+    num_documents = num_tokens = num_bytes = 0
+    with (
+        open(os.path.join(folder, "tokens.bin"), "wb") as tokens,
+        open(os.path.join(folder, "offsets.bin"), "wb") as offsets,
+    ):
+        offsets.write(np.zeros(1, dtype=np.int64).tobytes())
+        for part in parts:
+            for table in part.with_format("arrow").iter(batch_size=1000):
+                for documents in table["tokens"].chunks:
+                    ends = num_tokens + np.cumsum(documents.value_lengths().to_numpy())
+                    offsets.write(ends.astype(np.int64).tobytes())
+                    tokens.write(documents.flatten().to_numpy().tobytes())
+                    num_tokens = int(ends[-1])
+                num_documents += len(table)
+                num_bytes += sum(table["num_bytes"].to_pylist())
+    return num_documents, num_tokens, num_bytes
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="tokenize a corpus")
+    command.add_argument("inputs", nargs="+", metavar="INPUT")
+    command.add_argument("--tokenizer", required=True, metavar="T")
+    command.add_argument("--output", required=True, metavar="DIR")
+    command.add_argument("--field", default="text", help="that holds the text (default: text)")
+    command.add_argument(
+        "--end-of-text", metavar="TOKEN", help="that ends a document (default: T's eos_token)"
+    )
+    command.add_argument(
+        "--skip-undecodable", action="store_true", help="leave out text files that are not UTF-8"
+    )
+    command.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="default: one for each core"
+    )
+    command = commands.add_parser("verify", help="compare a prepared folder with its checksums")
+    command.add_argument("folder", metavar="DIR")
+    options = vars(parser.parse_args(arguments))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated: nothing was written"))
+    try:
+        if options.pop("command") == "prepare":
+            prepare(**options)
+        else:
+            read_prepared(options["folder"], checked_bytes=float("inf"))
+            print(f"{options['folder']}: whole, and every checksum fits")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written")
