@@ -135,14 +135,17 @@ def prepare(
 
     partial = f"{output}.partial"
     os.makedirs(partial, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    lock = open(os.path.join(partial, "lock"), "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+    except OSError:
         raise ValueError(f"{partial} is being written by another process") from None
     try:
         for entry in os.scandir(partial):
-            shutil.rmtree(entry) if entry.is_dir() else os.remove(entry)
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                os.remove(entry)
         start = time.perf_counter()
         parts = [_open_files(files, field, skip_undecodable)] if files else []
         parts += [_open_hub(name, field) for name in hub_names]
@@ -172,15 +175,16 @@ def prepare(
         if encoder.tokenizer is not None:
             encoder.tokenizer.save_pretrained(os.path.join(partial, "tokenizer"))
         for folder, _, names in os.walk(partial):
-            for name in [*names, "."]:
+            for name in {*names, "."} - {"lock"}:  # to close it once would end it
                 _fsync(os.path.join(folder, name))
+        os.remove(lock.name)
         os.rename(partial, output)
         _fsync(os.path.dirname(output))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        lock.close()
     seconds = time.perf_counter() - start
     print(
         f"{output}: {num_documents:,} documents, {num_tokens:,} tokens, "

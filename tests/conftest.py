@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import llama_pretrain_config
-from data import RandomSource, TokenSource, open_source
+from data import RandomSource, TokenSource, open_corpus, open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes
@@ -81,6 +81,7 @@ def open_data(
     """The opened source, not a cached one; `keys` replace the defaults of data_config."""
     small = {"source": str(source), "seqlen": 1, "batch_size": 1}
     config = {**llama_pretrain_config.data_config, **small, **keys}
+    open_corpus.cache_clear()
     return open_source.__wrapped__(split, vocab_size, num_batches, **config)
 
 

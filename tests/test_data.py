@@ -1,15 +1,19 @@
 """The token stream: what is in a batch, that it is a pure function, and what is refused."""
 
+import json
 import os
 import sysconfig
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import open_data
 
 import data
-from data import END_OF_DOCUMENT, IGNORED_LABEL
+import main
+from data import END_OF_DOCUMENT, IGNORED_LABEL, sha256, token_dtype
 
 SIZES = [0, 1, 2, 5, 13, 40, 100, 333]  # bytes per document; a row below has 64 tokens
 # Document i is made of its own four letters, at random.
@@ -185,3 +189,277 @@ def test_a_folder_may_have_any_name(tmp_path):
 def test_tokens_beyond_the_vocabulary_are_refused(folder):
     with pytest.raises(ValueError, match="token ids up to 256, .* vocab_size is 256"):
         open_data(folder, vocab_size=256)
+
+
+def write_prepared(folder: Path, tokens: np.ndarray, starts: np.ndarray, vocab_size: int) -> Path:
+    """A folder as the README describes it."""
+    folder.mkdir()
+    tokens.astype(token_dtype(vocab_size)).tofile(folder / "tokens.bin")
+    starts.astype(np.int64).tofile(folder / "offsets.bin")
+    meta = {
+        "tokenizer": "numbers",
+        "tokenizer_sha256": "numbers",
+        "vocab_size": vocab_size,
+        "dtype": str(token_dtype(vocab_size)),
+        "num_tokens": len(tokens),
+        "num_documents": len(starts) - 1,
+        "sha256": {name: sha256(folder / name) for name in ("tokens.bin", "offsets.bin")},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """1,000 tokens that are all different, in 40 documents of 1 to 180."""
+    cuts = np.random.default_rng(5).choice(np.arange(1, 1000), 39, replace=False)
+    starts = np.array([0, *sorted(cuts), 1000])
+    assert np.diff(starts).min() == 1 and np.diff(starts).max() > 64
+    return write_prepared(tmp_path / "numbers", np.arange(1000), starts, 1000)
+
+
+def batches(monkeypatch, dp: int, accumulation: int, steps: int, **keys) -> np.ndarray:
+    """The tokens that all dp ranks get in some steps, by main.prepare_data."""
+    config = {**main.data_config, "seqlen": 64, "batch_size": 4, **keys}
+    monkeypatch.setattr(main, "data_config", config)
+    monkeypatch.setitem(main.train_config, "gradient_accumulation_steps", accumulation)
+    monkeypatch.setitem(main.model_config, "overrides", {"vocab_size": 1000})
+    found = []
+    for step in range(steps):
+        for rank in range(dp):
+            dim = SimpleNamespace(size=lambda: dp, get_local_rank=lambda rank=rank: rank)
+            micro_batches = main.prepare_data({"dp": dim}, step)
+            assert len(micro_batches) == accumulation
+            found += [input_ids.numpy() for input_ids, _, _ in micro_batches]
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("dp, accumulation", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_no_token_is_dropped_or_seen_twice_whatever_the_layout(
+    dp, accumulation, numbers, monkeypatch
+):
+    tokens = batches(monkeypatch, dp, accumulation, steps=125, source=str(numbers))
+    assert len(tokens) == 125 * 4 * 64 == 32 * 1000
+    assert (np.bincount(tokens) == 32).all()  # 32 epochs
+    first_epoch = tokens[: 16 * 64]  # the rows that begin in it, the last reaching over its end
+    assert set(first_epoch) == set(range(1000))
+    assert np.array_equal(tokens, batches(monkeypatch, 1, 1, 125, source=str(numbers)))
+
+
+def test_ten_billion_tokens_are_opened_and_jumped_in(tmp_path, capsys):
+    """On a sparse file. How long it takes is shown by `pytest -s -k ten_billion`."""
+    folder = tmp_path / "large"
+    starts = np.arange(10_000_001) * 1000
+    write_prepared(folder, np.zeros(0), starts, 50_000)
+    os.truncate(folder / "tokens.bin", 2 * starts[-1])
+    with open(folder / "tokens.bin", "r+b") as file:  # the last document is not empty
+        file.seek(2 * starts[-2])
+        file.write(np.arange(1000, dtype=np.uint16).tobytes())
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "num_tokens": int(starts[-1])}))
+    assert (folder / "tokens.bin").stat().st_size == 20e9
+
+    epoch_rows = 10**10 // 8192
+    for name, row in (
+        ("the first step", 0),
+        ("a step of epoch 7", 7 * epoch_rows + 1000),
+        ("a step with the row that reaches from epoch 8 into epoch 9", None),
+    ):
+        source = open_data(folder, vocab_size=50_000)
+        if row is None:  # the rows of an epoch are shuffled
+            first = -(-8 * 10**10 // 8192) + epoch_rows // data.WINDOW_ROWS * data.WINDOW_ROWS
+            size = -(-9 * 10**10 // 8192) - first
+            row = first + int(source.window_order(8, 1, size).argmax()) - 4
+        begin = time.perf_counter()
+        source = open_data(folder, vocab_size=50_000)
+        rows = source.rows(row, 8, 8192)
+        with capsys.disabled():
+            print(
+                f"\nten billion tokens: opened, and at {name}: {time.perf_counter() - begin:.2f} s"
+            )
+        assert max(rows.document_lengths) == 1000 and sum(rows.document_lengths) == 8 * 8192
+    assert source.epoch_order.cache_info().misses == 2
+    assert np.array_equal(source.corpus.read(starts[-2], 1000), np.arange(1000))
+
+
+def test_a_permutation_is_one_and_depends_on_every_part_of_the_seed():
+    for size in (1, 2, 3, 4, 7, 8, 1000):
+        assert sorted(data.permutation([1, 2], size)) == list(range(size))
+    orders = {tuple(data.permutation(seed, 8)) for seed in ([1, 2], [1, 3], [2, 2], [1, 2, 1])}
+    assert len(orders) == 4
+    firsts = np.bincount([data.permutation([seed], 5)[0] for seed in range(5000)])
+    assert len(firsts) == 5 and abs(firsts - 1000).max() < 150  # five standard deviations
+    # The same with every version of numpy: a run that goes on elsewhere sees the same data.
+    assert data.permutation([1, 2], 8).tolist() == [5, 6, 3, 2, 1, 0, 4, 7]
+
+
+def llm_c_file(path: Path, tokens: np.ndarray, magic: int) -> None:
+    """As dev/data/data_common.py of llm.c writes it."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def test_token_files_of_nanogpt_and_llm_c_are_read_as_they_are(tmp_path):
+    documents = [
+        [5, 6, 7, 0],
+        [0],
+        [8, 9, 0],
+        [10, 11],
+    ]  # nanoGPT ends documents, the last has none
+    tokens = np.array(sum(documents, []))
+    tokens.astype(np.uint16).tofile(tmp_path / "train.bin")
+    begun = np.array([0, 300, 301, 0, 302])  # llm.c begins documents with it
+    llm_c_file(tmp_path / "gpt2_000000.bin", begun.astype(np.uint16), 20240520)
+    llm_c_file(tmp_path / "gpt2_000001.bin", begun.astype(np.uint16) + 5, 20240520)
+    llm_c_file(tmp_path / "llama3.bin", begun.astype(np.uint32) + 2**17, 20240801)
+
+    def read(pattern, end_of_text_id):
+        source = open_data(tmp_path / pattern, vocab_size=2**18, end_of_text_id=end_of_text_id)
+        pairs = zip(source.starts, source.lengths, strict=True)
+        return [source.corpus.read(start, length).tolist() for start, length in pairs]
+
+    assert read("train.bin", 0) == documents
+    assert read("gpt2_000000.bin", 0) == [[0], [300, 301, 0], [302]]
+    shards = [[0], [300, 301, 0], [302], [5, 305, 306, 5, 307]]
+    assert read("gpt2_*.bin", 0) == shards
+    assert read("llama3.bin", 2**17 + 301) == [
+        [2**17, 2**17 + 300, 2**17 + 301],
+        [2**17, 2**17 + 302],
+    ]
+    rows = open_data(tmp_path / "gpt2_*.bin", vocab_size=2**18, end_of_text_id=0).rows(0, 1, 11)
+    found = [piece.tolist() for piece, _ in pieces(rows)]
+    assert sorted(found[:4]) == sorted(shards)
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"", "x.bin has 0 bytes"),
+        (b"abc", "x.bin has 3 bytes; some tokens of uint16 after a header of 0 bytes would be an"),
+        ("header", "x.bin has 1,028 bytes; 5 tokens of uint16 after a header of 1024 bytes would"),
+    ],
+)
+def test_token_files_of_another_size_are_refused(tmp_path, content, sentence):
+    if content == "header":
+        llm_c_file(tmp_path / "x.bin", np.arange(5, dtype=np.uint16), 20240520)
+        content = (tmp_path / "x.bin").read_bytes()[:1028]
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        open_data(tmp_path / "x.bin", vocab_size=50_257)
+
+
+def test_token_files_beyond_the_vocabulary_are_refused(tmp_path):
+    np.array([1, 2, 500], dtype=np.uint16).tofile(tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="token ids up to 500, and the model's vocab_size is 500;"):
+        open_data(tmp_path / "x.bin", vocab_size=500)
+    assert open_data(tmp_path / "x.bin", vocab_size=501).num_tokens == 3
+
+
+def test_held_out_documents_are_in_no_training_batch(numbers):
+    starts = np.fromfile(numbers / "offsets.bin", dtype=np.int64)
+    splits = {}
+    for seed in (0, 1):
+        for split in ("train", "validation"):
+            keys = dict(validation_fraction=0.3, vocab_size=1000, seed=seed)
+            source = open_data(numbers, split, **keys)
+            tokens = source.rows(0, source.num_tokens, 1).tokens.flatten()
+            assert len(tokens) == len(set(tokens)) == source.num_tokens
+            splits[split, seed] = tokens
+    train, validation = splits["train", 0], splits["validation", 0]
+    assert sorted([*train, *validation]) == list(range(1000))
+    held_out = {int(np.searchsorted(starts, token, side="right")) for token in validation}
+    assert len(held_out) == 12  # of 40 documents
+    assert held_out.isdisjoint(np.searchsorted(starts, train, side="right"))
+    assert np.array_equal(validation, splits["validation", 1]), "the same whatever the seed"
+    assert not np.array_equal(train, splits["train", 1])
+
+
+def test_a_validation_source_is_evaluated_on_and_not_trained_on(numbers, folder):
+    keys = dict(validation_source=str(numbers), vocab_size=1000)
+    folder = f"{folder}/?.txt"
+    assert open_data("random", "validation", **keys).num_tokens == 1000
+    assert open_data(numbers, "train", vocab_size=1000, validation_source=folder).num_tokens == 1000
+    with pytest.raises(ValueError, match="were not made by the same tokenizer"):
+        open_data(folder, "validation", **keys)
+
+
+@pytest.mark.parametrize(
+    "keys, sentence",
+    [
+        (
+            dict(vocab_size=999),
+            "token ids up to 999, and the model's vocab_size is 999; it must be",
+        ),
+        (dict(validation_fraction=0.01), "0.01 of 40 documents holds out 0, and both splits need"),
+        (
+            dict(seqlen=251, batch_size=4),
+            "has 1,000 tokens for train, and 1 x batch_size 4 x seqlen",
+        ),
+        (
+            dict(split="validation", validation_fraction=0.5, num_batches=9, seqlen=64),
+            "= 576 are n",
+        ),
+    ],
+)
+def test_a_corpus_that_does_not_fit_the_run_is_refused(numbers, keys, sentence):
+    with pytest.raises(ValueError) as error:
+        open_data(numbers, **{"vocab_size": 1000, **keys})
+    assert sentence in str(error.value)
+
+
+def test_random_tokens_cannot_be_held_out():
+    with pytest.raises(ValueError, match="'random' has no documents that could be held out"):
+        open_data("random", validation_fraction=0.1)
+
+
+def change_meta(folder: Path, **keys) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, **keys}))
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[17] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda d: os.remove(d / "meta.json"), "meta.json cannot be read (No such file"),
+        (lambda d: (d / "meta.json").write_text('{"vocab'), "meta.json makes no sense (JSONDecode"),
+        (lambda d: (d / "meta.json").write_text("{}"), "meta.json makes no sense (KeyError('vocab"),
+        (lambda d: change_meta(d, dtype="uint32"), "says dtype uint32, and 1000 token ids are sto"),
+        (lambda d: change_meta(d, dtype="words"), "meta.json makes no sense (TypeError"),
+        (lambda d: change_meta(d, num_tokens=999), "tokens.bin has 2,000 bytes, and meta.json say"),
+        (
+            lambda d: os.truncate(d / "tokens.bin", 1998),
+            "tokens.bin has 1,998 bytes, and meta.json",
+        ),
+        (lambda d: os.remove(d / "tokens.bin"), "tokens.bin has 0 bytes, and meta.json says 1,000"),
+        (lambda d: os.truncate(d / "offsets.bin", 8), "offsets.bin has 8 bytes, and meta.json sa"),
+        (lambda d: flip_a_byte(d / "tokens.bin"), "tokens.bin does not have the checksum that"),
+        (lambda d: flip_a_byte(d / "offsets.bin"), "offsets.bin does not have the checksum that"),
+    ],
+)
+def test_a_damaged_folder_is_refused(numbers, damage, sentence):
+    assert open_data(numbers, vocab_size=1000).num_tokens == 1000
+    damage(numbers)
+    with pytest.raises(ValueError) as error:
+        open_data(numbers, vocab_size=1000)
+    assert sentence in str(error.value)
+    assert f"remove {numbers} and prepare it again" in str(error.value)
+
+
+def test_what_a_start_leaves_unchecked_is_found_by_verify_or_when_it_is_read(numbers, monkeypatch):
+    """Large files are not read whole at the start; a token beyond the vocabulary is seen anyway."""
+    monkeypatch.setattr(data, "CHECKED_BYTES", 100)
+    tokens = np.fromfile(numbers / "tokens.bin", dtype=np.uint16)
+    tokens[500] = 1000
+    tokens.tofile(numbers / "tokens.bin")
+    source = open_data(numbers, vocab_size=1000)
+    with pytest.raises(ValueError, match="it holds the token 1000, and its vocabulary ends at 999"):
+        source.rows(0, 16, 64)
+    with pytest.raises(ValueError, match="tokens.bin does not have the checksum"):
+        data.read_prepared(str(numbers), checked_bytes=float("inf"))

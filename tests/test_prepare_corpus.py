@@ -1,0 +1,354 @@
+"""`data.py prepare`: what the folder holds, for every kind of input, and what is refused."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+import transformers
+from conftest import ROOT, environment, open_data, run
+
+import documents
+import prepare_corpus
+from data import END_OF_DOCUMENT, read_prepared
+from documents import cut, read_texts
+
+TEXTS = ["The first.\n", "", "Zwei: ü, 語, 🦙", "x" * 300, "a\r\nb\x00", "<|endoftext|> is text"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory):
+    """A byte-level BPE tokenizer of 400 tokens, trained on the license."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    files = [str(ROOT / "LICENSE")]
+    tokenizer.train(files, 400, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.save(str(path))
+    return path
+
+
+def write_corpus(folder, lines_end="\n"):
+    """The same documents as text, jsonl, two kinds of json, and parquet with groups of two rows."""
+    (folder / "texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / "texts" / f"{i}.txt").write_bytes(text.encode())
+    objects = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    lines = "".join(json.dumps(o, ensure_ascii=o["id"] % 2 == 0) + lines_end for o in objects)
+    (folder / "a.jsonl").write_text("\n" + lines)  # a blank line is no document
+    (folder / "lines.json").write_text(lines.rstrip())
+    (folder / "list.json").write_text(json.dumps(objects, indent=1))
+    table = pyarrow.table({"text": TEXTS, "id": list(range(len(TEXTS)))})
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=2)
+
+
+def prepare(inputs, output, tokenizer="bytes", **options) -> None:
+    defaults = dict(field="text", end_of_text=None, skip_undecodable=False, processes=1)
+    inputs, output = [str(path) for path in inputs], str(output)
+    prepare_corpus.prepare(inputs, str(tokenizer), output, **{**defaults, **options})
+
+
+def prepared_documents(folder) -> list[list[int]]:
+    tokens = read_prepared(str(folder), checked_bytes=np.inf).files[0]
+    starts = np.fromfile(os.path.join(folder, "offsets.bin"), dtype=np.int64)
+    return [tokens[a:b].tolist() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+BYTES = [[*text.encode(), END_OF_DOCUMENT] for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["texts"], ["a.jsonl"], ["lines.json"], ["list.json"], ["a.parquet"], ["*.*", "texts"]],
+)
+def test_every_kind_of_input_gives_the_same_documents(tmp_path, names):
+    write_corpus(tmp_path)
+    prepare([tmp_path / name for name in names], tmp_path / "out")
+    copies = 5 if len(names) > 1 else 1
+    assert prepared_documents(tmp_path / "out") == BYTES * copies
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "offsets.bin", "tokens.bin"]
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    num_bytes = copies * sum(len(text.encode()) for text in TEXTS)
+    assert meta["num_documents"] == copies * len(TEXTS)
+    assert meta["num_bytes"] == num_bytes == meta["num_tokens"] - meta["num_documents"]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 7, 30, 100, 1000])
+def test_files_are_cut_without_losing_or_doubling_a_document(tmp_path, monkeypatch, piece_bytes):
+    write_corpus(tmp_path, lines_end="\r\n")
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(documents, "BATCH_ROWS", 1)
+    files = [
+        str(tmp_path / name) for name in ("a.jsonl", "a.parquet", "texts/2.txt", "texts/3.txt")
+    ]
+    pieces = list(cut(files, "text"))
+    found = [
+        text for piece in pieces for part in piece for text in read_texts(*part, "text", False)
+    ]
+    assert found == [*TEXTS, *TEXTS, TEXTS[2], TEXTS[3]]
+
+
+def test_any_number_of_processes_writes_the_same(tmp_path, monkeypatch, tokenizer_json):
+    write_corpus(tmp_path)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 40)
+    monkeypatch.setattr(prepare_corpus, "ENCODED_DOCUMENTS", 2)
+    for processes in (1, 3):
+        inputs = [tmp_path / "a.jsonl", tmp_path / "texts"]
+        prepare(inputs, tmp_path / str(processes), tokenizer_json, end_of_text="<|endoftext|>",
+                processes=processes)  # fmt: skip
+    for name in ("tokens.bin", "offsets.bin", "meta.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+
+
+def test_bytes_train_like_the_text_they_are(tmp_path):
+    write_corpus(tmp_path)
+    prepare([tmp_path / "texts"], tmp_path / "out")
+    for split in ("train", "validation"):
+        keys = dict(split=split, validation_fraction=0.5)
+        rows, expected = (
+            open_data(tmp_path / name, **keys).rows(0, 20, 50) for name in ("out", "texts")
+        )
+        assert np.array_equal(rows.tokens, expected.tokens)
+        assert np.array_equal(rows.labels, expected.labels)
+        assert rows.document_lengths == expected.document_lengths
+
+
+def test_a_tokenizer_is_used_and_kept(tmp_path, tokenizer_json):
+    """Against the library itself; and a special token that a text spells out is not one."""
+    write_corpus(tmp_path)
+    prepare([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer_json, end_of_text="<|endoftext|>")
+    reference = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+    end = reference.token_to_id("<|endoftext|>")
+    found = prepared_documents(tmp_path / "out")
+    assert [tokens[-1] for tokens in found] == [end] * len(TEXTS)
+    assert [end in tokens[:-1] for tokens in found] == [False] * len(TEXTS)
+    for text, tokens in zip(TEXTS[:-1], found[:-1], strict=True):
+        assert tokens[:-1] == reference.encode(text, add_special_tokens=False).ids
+        assert len(tokens) <= len(text.encode()) + 1
+    kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert [kept.decode(tokens[:-1]) for tokens in found] == TEXTS
+    assert kept.eos_token_id == end
+
+    prepare([tmp_path / "texts"], tmp_path / "again", tmp_path / "out" / "tokenizer")
+    assert prepared_documents(tmp_path / "again") == found
+    keys = dict(vocab_size=400, validation_source=str(tmp_path / "again"))
+    assert open_data(tmp_path / "out", "validation", **keys).num_tokens == sum(map(len, found))
+    prepare([tmp_path / "texts"], tmp_path / "bytes")
+    with pytest.raises(ValueError, match="were not made by the same tokenizer"):
+        open_data(tmp_path / "bytes", "validation", **keys)
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(256, "uint8"), (257, "uint16"), (65_537, "uint32")])
+def test_tokens_take_the_smallest_type_that_holds_the_vocabulary(tmp_path, vocab_size, dtype):
+    words = {str(i): i for i in range(vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(f"1 {vocab_size - 1} 7")
+    prepare([tmp_path / "text.txt"], tmp_path / "out", tmp_path / "tokenizer.json", end_of_text="2")
+    tokens = np.fromfile(tmp_path / "out" / "tokens.bin", dtype=dtype)
+    assert tokens.tolist() == [1, vocab_size - 1, 7, 2]
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["dtype"] == dtype
+
+
+BAD_INPUT = {
+    "empty.txt": (b"", "INPUT='{path}' is empty: 1 files of 0 bytes"),
+    "blank.jsonl": (b"\n\n", "{path}: no text in 0 documents"),
+    "missing.jsonl": (None, "INPUT='{path}' names no file"),
+    "latin.txt": (b"na\xefve", "{path} is not UTF-8 (byte 2)"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "{path}, line 2: not UTF-8, invalid"),
+    "surrogate.jsonl": (b'{"text": "\\ud83d"}\n', "{path}, line 1: not UTF-8, surrogates not all"),
+    "invalid.jsonl": (b'\n{"text": "a"}\n{"text": \n', "{path}, line 3: invalid JSON, Expecting v"),
+    "field.jsonl": (b'{"text": "a"}\n' * 9 + b'{"body": 1, "id": 2}',
+                    "{path}, line 10: no field 'text'; its fields are body, id (--field)"),
+    "number.jsonl": (b'{"text": 5}\n', "{path}, line 1: field 'text' is of type int, and must be"),
+    "list.jsonl": (b"[1]\n", "{path}, line 1: a list, and not an object with a field 'text'"),
+    "invalid.json": (b'[{"text": "a"},\n 5', "{path}: invalid JSON, Expecting ',' delimiter at li"),
+    "field.json": (b'[{"text": "a"}, {"t": 1}]', "{path}, element 2: no field 'text'; its fields "),
+    "no.parquet": (b"no", "{path} cannot be read as parquet: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, processes",
+    [*((name, 1) for name in BAD_INPUT), ("invalid.jsonl", 2), ("latin.txt", 2)],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, name, processes):
+    """Also if it comes to light in one of several processes."""
+    content, sentence = BAD_INPUT[name]
+    monkeypatch.setattr(documents, "PIECE_BYTES", 20)
+    (tmp_path / "good.txt").write_text("good " * 20)
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    inputs = [path] if processes == 1 else [path, tmp_path / "good.txt"]
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ValueError) as error:
+        prepare(inputs, tmp_path / "out", processes=processes)
+    assert sentence.format(path=path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(tokenizer="nowhere.json"), "--tokenizer nowhere.json cannot be loaded: "),
+        (dict(tokenizer="text.json"), "--tokenizer text.json cannot be loaded: "),
+        (
+            dict(tokenizer="{json}"),
+            "has no end-of-text token ''; name one of its tokens with --end",
+        ),
+        (
+            dict(tokenizer="{json}", end_of_text="<eos>"),
+            "no end-of-text token '<eos>'; name one of",
+        ),
+        (dict(processes=0), "--processes 0 must be at least 1"),
+        (dict(output="there"), "/there is there already; remove it or name another"),
+        (
+            dict(inputs=["text.txt", "nowhere/*.txt"]),
+            "INPUT='nowhere/*.txt' names no file; it must",
+        ),
+        (dict(inputs=["nowhere/set"]), "INPUT='nowhere/set' names no file, nor a data set: "),
+    ],
+)
+def test_what_cannot_be_prepared_is_said_before_anything_is_written(
+    tmp_path, monkeypatch, tokenizer_json, options, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "text.json").write_text("text")
+    (tmp_path / "there").mkdir()
+    options = {"inputs": ["text.txt"], "output": "out", **options}
+    if options.get("tokenizer") == "{json}":
+        options["tokenizer"] = tokenizer_json
+    with pytest.raises(ValueError) as error:
+        prepare(**options)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["text.json", "text.txt", "there"]
+
+
+def test_a_tokenizer_beyond_its_own_vocabulary_is_refused(tmp_path, monkeypatch, tokenizer_json):
+    (tmp_path / "text.txt").write_text("text")
+    whole = transformers.PreTrainedTokenizerFast.get_vocab
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast,
+        "get_vocab",
+        lambda self: {token: i for token, i in whole(self).items() if i < 50},
+    )
+    with pytest.raises(ValueError, match=r"made the token \d+, beyond its own vocabulary of 50"):
+        prepare([tmp_path / "text.txt"], tmp_path / "out", tokenizer_json, end_of_text="!")
+
+
+def test_a_data_set_of_the_hub_is_read_with_its_config(tmp_path, monkeypatch):
+    """The hub itself is the one thing that a test cannot count on."""
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return datasets.Dataset.from_dict({"id": list(range(len(TEXTS))), "body": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (tmp_path / "text.txt").write_text("a file comes first")
+    inputs = ["owner/name:config", tmp_path / "text.txt"]
+    prepare(inputs, tmp_path / "out", field="body")
+    assert asked == [("owner/name", "config", "train")]
+    file = [*b"a file comes first", END_OF_DOCUMENT]
+    assert prepared_documents(tmp_path / "out") == [file, *BYTES]
+    with pytest.raises(ValueError, match="owner/name: no column 'text'; its columns are id, body"):
+        prepare(["owner/name"], tmp_path / "again")
+    hole = datasets.Dataset.from_dict({"text": ["a", None]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: hole)
+    with pytest.raises(ValueError, match="owner/name: field 'text' is of type NoneType, and must"):
+        prepare(["owner/name"], tmp_path / "again")
+
+
+def test_files_that_are_not_utf_8_can_be_left_out(tmp_path, capfd):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "latin.txt").write_bytes(b"na\xefve")
+    (tmp_path / "a" / "text.txt").write_text("text")
+    prepare([tmp_path / "a"], tmp_path / "out", skip_undecodable=True)
+    assert prepared_documents(tmp_path / "out") == [[*b"text", END_OF_DOCUMENT]]
+    assert f"left out, not UTF-8: {tmp_path / 'a' / 'latin.txt'}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_folder_and_the_next_one_starts_clean(tmp_path, number):
+    """Ended while two processes tokenize some 30 MB."""
+    output = tmp_path / "out"
+    command = [sys.executable, "data.py", "prepare", "python-stdlib", "--tokenizer", "bytes"]
+    command += ["--output", str(output), "--processes", "2"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        while b"left out" not in process.stderr.readline():  # a worker's word from its midst
+            assert process.poll() is None
+        process.send_signal(number)
+        if number == signal.SIGTERM:
+            stderr = process.communicate(timeout=60)[1]
+            assert b"terminated: nothing was written" in stderr
+            assert process.returncode == 1
+            assert os.listdir(tmp_path) == []
+        else:
+            assert process.wait(timeout=60) == -number
+            assert os.listdir(tmp_path) == ["out.partial"]
+        text = tmp_path / "text.txt"
+        text.write_text("text")
+        prepare([text], output)
+        assert prepared_documents(output) == [[*b"text", END_OF_DOCUMENT]]
+        assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # idle workers of a killed process stay
+
+
+def test_two_at_the_same_time_do_not_mix(tmp_path):
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "out.partial").mkdir()
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    hold += "print(1, flush=True); input()"
+    command = [sys.executable, "-c", hold, tmp_path / "out.partial" / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match="out.partial is being written by another process"):
+            prepare([tmp_path / "text.txt"], tmp_path / "out")
+        other.communicate(b"\n")
+    prepare([tmp_path / "text.txt"], tmp_path / "out")
+
+
+def test_the_command_line_says_what_it_did_and_what_is_missing(tmp_path):
+    (tmp_path / "text.txt").write_text("text " * 100)
+    data = [sys.executable, "data.py"]
+    arguments = ["prepare", tmp_path / "text.txt", "--tokenizer", "bytes", "--output"]
+    without = "import sys; sys.modules['datasets'] = None; import prepare_corpus as p; "
+    result = run(
+        sys.executable,
+        "-c",
+        without + "p.main(sys.argv[1:])",
+        *arguments,
+        tmp_path / "a",
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert "`pip install datasets transformers`" in result.stderr
+    result = run(*data, *arguments, tmp_path / "out")
+    said = f"{tmp_path / 'out'}: 1 documents, 501 tokens, 1.00 bytes per token, "
+    assert result.stdout.startswith(said) and result.stdout.endswith(" tokens/s\n")
+    assert "Tokenizing" in result.stderr  # the progress bar
+    assert "whole, and every checksum fits" in run(*data, "verify", tmp_path / "out").stdout
+    with open(tmp_path / "out" / "tokens.bin", "r+b") as file:
+        file.write(b"\x01")
+    result = run(*data, "verify", tmp_path / "out", check=False)
+    assert result.returncode == 1
+    assert "tokens.bin does not have the checksum that meta.json says" in result.stderr
