@@ -10,6 +10,7 @@ import weakref
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +38,7 @@ class WholeParameters(TorchDispatchMode):
 
 
 def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
-    """Returns loss, gradient norm, label count, and every weight and gradient as a full tensor."""
+    """Returns the losses, gradient norm, label count, and weights and gradients as full tensors."""
     llama_pretrain_config.resolve(overrides, dist.get_world_size())
     if main.parallel_config["context_parallel_backend"] == "auto":
         main.parallel_config["context_parallel_backend"] = "native"
@@ -61,9 +62,12 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
     loss_sum, num_labels, area, _ = main.forward_backward(model, micro_batches, mesh)
     dist.all_reduce(loss_sum)
     grad_norm = clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
+    eval_loss = main.evaluate(model, mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters()), "sharded, as before"
     return {
         "loss": (loss_sum / num_labels).item(),
         "grad_norm": grad_norm.item(),
+        "eval_loss": eval_loss,
         "num_labels": num_labels.item(),
         "area": area.item(),
         "whole_parameters": whole.most,

@@ -62,6 +62,11 @@ def test_overrides_take_the_type_of_the_default():
         ("parallel_config.context_parallel_backend=ring", "must be one of auto, magi_attention"),
         ("parallel_config.context_parallel_size=3", "must divide the world size, 8 processes; "),
         ("data_config.batch_size=6", "data_config.batch_size=6 must be a multiple of 4, which is"),
+        ("data_config.validation_fraction=1", "validation_fraction=1.0 must be from 0 to below 1"),
+        (
+            "train_config.eval_interval=9",
+            "train_config.eval_interval=9 needs documents to evaluate",
+        ),
         ("train_config.gradient_accumulation_steps=4", "batch_size=8 must be a multiple of 16"),
     ],
 )
@@ -100,6 +105,13 @@ def test_a_key_deleted_from_the_file_is_named():
 def test_overrides_of_what_is_broken_are_one_sentence_too():
     with pytest.raises(ValueError, match="model_config.overrides=2 must be of type dict"):
         resolve(["model_config.overrides=2", "model_config.overrides.vocab_size=300"], world_size=8)
+
+
+def test_there_is_one_set_to_evaluate_on():
+    arguments = ["train_config.eval_interval=9", "data_config.validation_fraction=0.1"]
+    resolve(arguments, world_size=8)
+    with pytest.raises(ValueError, match="and validation_source='a.txt' exclude each other"):
+        resolve([*arguments, "data_config.validation_source=a.txt"], world_size=8)
 
 
 def test_clipping_can_be_switched_off():

@@ -39,6 +39,15 @@ def folder(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Other documents to evaluate on: one of them fills rows, and labels are ignored."""
+    path = tmp_path_factory.mktemp("held_out")
+    for i, size in enumerate([0, 3, 1100, 17, 101]):
+        (path / f"{i}.txt").write_text("evaluation"[i:] * (size // 5))
+    return str(path)
+
+
 def shape(tied=True, is_causal=True) -> dict:
     """Fields that replace the preset's. Larger weights than usual: attention far from uniform."""
     return {
@@ -64,7 +73,7 @@ def overrides(folder, cp, accumulation, **shape_fields):
 
 
 @pytest.fixture(scope="module")
-def results(folder, tmp_path_factory):
+def results(folder, held_out, tmp_path_factory):
     """{(dp, cp, accumulation, *variant): what the worker found}"""
     path = tmp_path_factory.mktemp("results")
     found = {}
@@ -78,7 +87,11 @@ def results(folder, tmp_path_factory):
         ]
         cases = [
             {
-                "overrides": overrides(folder, cp, accumulation, tied=tied, is_causal=is_causal),
+                "overrides": [
+                    *overrides(folder, cp, accumulation, tied=tied, is_causal=is_causal),
+                    f"data_config.validation_source={held_out}",
+                    "train_config.eval_iters=2",
+                ],
                 "ignored_from_row": ignored_from_row,
             }
             for _, cp, accumulation, tied, is_causal, ignored_from_row in keys
@@ -92,7 +105,7 @@ def results(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(folder, results):
+def expected(folder, held_out, results):
     """{variant: loss, gradients, ...} of the dense reference, in float64."""
     rows = open_data(folder).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
     tokens = torch.from_numpy(rows.tokens).flatten()
@@ -117,8 +130,11 @@ def expected(folder, results):
         loss = reference.mean_loss(weights, documents, config)
         loss.backward()
         gradients = {name: weight.grad for name, weight in weights.items()}
+        with torch.no_grad():
+            eval_loss = reference.mean_loss(weights, evaluated_documents(held_out), config)
         found[variant] = {
             "loss": loss.item(),
+            "eval_loss": eval_loss.item(),
             "gradients": gradients,
             "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),
             "num_labels": (labels != IGNORED_LABEL).sum().item(),
@@ -127,10 +143,18 @@ def expected(folder, results):
     return found
 
 
+def evaluated_documents(held_out):
+    """(tokens, labels) of each piece of a document in the first two batches."""
+    rows = open_data(held_out, seed=0).rows(0, 2 * BATCH_SIZE, SEQLEN)
+    tokens, labels = (torch.from_numpy(x).flatten() for x in (rows.tokens, rows.labels))
+    lengths = rows.document_lengths
+    return list(zip(tokens.split(lengths), labels.split(lengths), strict=True))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("accumulation", ACCUMULATION)
 @pytest.mark.parametrize("dp, cp", LAYOUTS)
-def test_loss_and_gradients_do_not_depend_on_the_layout(
+def test_losses_and_gradients_do_not_depend_on_the_layout(
     dp, cp, accumulation, variant, results, expected
 ):
     result, truth = results[(dp, cp, accumulation, *variant)], expected[variant]
@@ -138,6 +162,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(
     assert result["area"] == truth["area"]
     assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
     assert result["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
+    assert result["eval_loss"] == pytest.approx(truth["eval_loss"], rel=1e-5)
     assert result["gradients"].keys() == truth["gradients"].keys()
     for name, gradient in result["gradients"].items():
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
@@ -334,6 +359,7 @@ def test_positions_count_within_documents_and_labels_pad_with_ignored(config, cp
         ("model_config.preset=llama-2b", "must be one of tiny, llama-1b, llama-3b, llama-8b"),
         ("model_config.overrides.num_key_value_heads=3", "must be a multiple of"),
         ("model_config.overrides.vocab_size=100", "token ids up to 256"),
+        ("data_config.seqlen=1000", "tokens for train, and 1 x batch_size 4 x seqlen 1000 = 4,000"),
         ("parallel_config.context_parallel_backend=magi_attention", "cannot run: its kernels"),
         ("train_config.output_dir=/dev/null/run", "output_dir='/dev/null/run' cannot be written"),
     ],

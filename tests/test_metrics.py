@@ -76,6 +76,33 @@ def test_the_log_line_has_a_fixed_order_and_units(tmp_path, capsys):
         assert part in line
 
 
+def test_an_evaluation_stands_in_its_step(tmp_path, capsys):
+    config = {"train_config": {"train_iters": 3}}
+    writer = MetricsWriter(str(tmp_path), config, PRESETS["tiny"], 4096, world_size=2)
+    for step, eval_loss in ((1, None), (2, 2.0), (3, 1e4)):
+        writer.write(step=step, **STEP, eval_loss=eval_loss)
+    writer.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [list(record) for record in records[:2]] == [
+        KEYS,
+        [*KEYS, "eval_loss", "eval_perplexity"],
+    ]
+    assert records[1]["eval_loss"] == 2.0
+    assert records[1]["eval_perplexity"] == pytest.approx(7.389056)
+    assert records[2]["eval_perplexity"] is None
+    lines = capsys.readouterr().out.splitlines()
+    assert "eval" not in lines[0]
+    assert lines[1].endswith("  eval_loss: 2.0000  eval_perplexity: 7.39")
+    assert lines[2].endswith("  eval_loss: 10000.0000  eval_perplexity: n/a")
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("eval_loss")] == [(2, 2.0), (3, 1e4)]
+    assert [e.step for e in events.Scalars("eval_perplexity")] == [2]
+
+
 def test_other_ranks_are_silent_and_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     write_run(tmp_path, 1)

@@ -100,6 +100,19 @@ def test_two_nodes_train_the_same_as_one(one_process, tmp_path):
     assert_same_training(tmp_path, one_process[0])
 
 
+def test_an_evaluation_changes_nothing_and_comes_every_so_many_steps_and_last(
+    one_process, tmp_path
+):
+    arguments = ["data_config.validation_source=README.md", "train_config.eval_iters=2"]
+    arguments += ["train_config.eval_interval=2", f"train_config.output_dir={tmp_path}"]
+    stdout = run("python", "main.py", *SHORT, *arguments).stdout
+    assert "validation: README.md, 1 documents, " in stdout
+    assert_same_training(tmp_path, one_process[0])
+    records = read_metrics(tmp_path)
+    assert ["eval_loss" in record for record in records] == [False, True, True]
+    assert records[2]["eval_loss"] < records[1]["eval_loss"] < 5.6
+
+
 def test_bfloat16_follows_float32(one_process, tmp_path):
     run(
         "python",
