@@ -30,8 +30,8 @@ END_OF_DOCUMENT = 256  # of text as bytes
 IGNORED_LABEL = -100
 WINDOW_ROWS = 2**20  # rows are shuffled within windows of so many, however long the epoch
 CHECKED_BYTES = 2**28  # files up to this size are compared with their checksum at every start
-# llm.c's token files (dev/data/data_common.py): 256 int32, of which the first is one of these, the
-# second a version and the third the number of tokens; then the tokens.
+# llm.c's token files (its dev/data/data_common.py): 256 int32, of which the first is one of these
+# and the third the number of tokens; then the tokens.
 LLM_C_HEADER_BYTES = 1024
 LLM_C_DTYPES = {20240520: "uint16", 20240801: "uint32"}
 
@@ -223,11 +223,10 @@ def open_source(
             f"(model_config.overrides.vocab_size), or the tokenizer another"
         )
     if key == "data_config.validation_source" and source != "random":
-        tokenizer = open_corpus("data_config.source", source, skip_undecodable, end_of_text_id)
-        if len({corpus.tokenizer, tokenizer.tokenizer} - {""}) > 1:
+        trained_on = open_corpus("data_config.source", source, skip_undecodable, end_of_text_id)
+        if len({corpus.tokenizer, trained_on.tokenizer} - {""}) > 1:
             raise ValueError(
-                f"{key}={name!r} and data_config.source={source!r} were not made by the same "
-                f"tokenizer; prepare both with one"
+                f"{key}={name!r} and data_config.source={source!r} have different tokenizers"
             )
 
     starts, lengths = corpus.starts[:-1], np.diff(corpus.starts)
@@ -237,17 +236,18 @@ def open_source(
         if not 0 < held_out.sum() < len(starts):
             raise ValueError(
                 f"data_config.validation_fraction={validation_fraction} of {len(starts):,} "
-                f"documents holds out {held_out.sum()}, and both splits need one at least; change "
-                f"it, or name a data_config.validation_source"
+                f"documents holds out {held_out.sum()}, and both splits need one; change it, or set "
+                f"validation_source"
             )
         chosen = held_out if split == "validation" else ~held_out
         starts, lengths = starts[chosen], lengths[chosen]
     num_tokens, needed = int(lengths.sum()), num_batches * batch_size * seqlen
     if num_tokens < needed:
+        what = "eval_iters" if split == "validation" else "one step:"
         raise ValueError(
-            f"{key}={name!r} has {num_tokens:,} tokens for {split}, and {num_batches} x batch_size "
-            f"{batch_size} x seqlen {seqlen} = {needed:,} are needed; give it more text, or lower "
-            f"one of these" + (" (the first is eval_iters)" if split == "validation" else "")
+            f"{key}={name!r} has {num_tokens:,} tokens for {split}, and {what} {num_batches} x "
+            f"batch_size {batch_size} x seqlen {seqlen} = {needed:,} are needed; give more text, or "
+            f"lower one of these"
         )
     description = f"{name}, {len(starts):,} documents, {num_tokens:,} tokens{corpus.note}"
     return TokenSource(corpus, starts, lengths, 0 if split == "validation" else seed, description)
@@ -319,11 +319,10 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
         offset = LLM_C_HEADER_BYTES if is_llm_c else 0
         num_tokens, rest = divmod(size - offset, dtype.itemsize)
         if num_tokens == 0 or rest or (is_llm_c and num_tokens != header[2]):
-            wanted = f"{header[2]:,}" if is_llm_c else "some"
-            raise ValueError(
-                f"{path} has {size:,} bytes; {wanted} tokens of {dtype} after a header of {offset} "
-                f"bytes would be another number"
+            number = (
+                f"the {header[2]:,} tokens that it tells of" if is_llm_c else "one token or more"
             )
+            raise ValueError(f"{path} has {size:,} bytes; {number} in {dtype} take another number")
         tokens = np.asarray(np.memmap(path, dtype, mode="r", offset=offset))
         for first in range(0, num_tokens, 2**24):
             block = tokens[first : first + 2**24]
@@ -346,17 +345,17 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
     try:
         with open(os.path.join(folder, "meta.json")) as file:
             meta = json.load(file)
-        vocab_size, dtype = meta["vocab_size"], np.dtype(meta["dtype"])
-        counts = {"tokens.bin": meta["num_tokens"], "offsets.bin": meta["num_documents"] + 1}
+        vocab_size, dtype = int(meta["vocab_size"]), np.dtype(meta["dtype"])
+        counts = {"tokens.bin": int(meta["num_tokens"])}
+        counts["offsets.bin"] = int(meta["num_documents"]) + 1
         checksums = {name: meta["sha256"][name] for name in counts}
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read ({error.strerror}): {again}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/meta.json makes no sense ({error!r}): {again}") from None
-    if dtype != token_dtype(vocab_size):
+    if (wanted := token_dtype(vocab_size)) != dtype:
         raise ValueError(
-            f"{folder}/meta.json says dtype {dtype}, and {vocab_size} token ids are stored as "
-            f"{token_dtype(vocab_size)}: {again}"
+            f"{folder}/meta.json: {vocab_size} ids are stored as {wanted}, not as {dtype}: {again}"
         )
     arrays = {}
     for name, item in (("tokens.bin", dtype), ("offsets.bin", np.dtype(np.int64))):
@@ -364,8 +363,8 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size != counts[name] * item.itemsize:
             raise ValueError(
-                f"{path} has {size:,} bytes, and meta.json says {counts[name]:,} x "
-                f"{item.itemsize}: {again}"
+                f"{path} has {size:,} bytes, not {counts[name]:,} x {item.itemsize}, as meta.json "
+                f"says: {again}"
             )
         if size <= checked_bytes and sha256(path) != checksums[name]:
             raise ValueError(f"{path} does not have the checksum that meta.json says: {again}")

@@ -250,7 +250,9 @@ def _keep_earlier(output_dir: str, names: list[str]) -> None:
 
 
 def plot(runs: list[str], output: str) -> None:
-    """Draws the loss over the steps of each run, a folder that holds a metrics.jsonl."""
+    """Draws the loss over the steps of each run, a folder that holds a metrics.jsonl, and as dots
+    that of its evaluations.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,6 +269,15 @@ def plot(runs: list[str], output: str) -> None:
             [record["loss"] for record in records],
             label=f"{os.path.basename(os.path.normpath(run))} ({records[-1]['loss']:.2f})",
             linewidth=1.2,
+        )
+        evaluated = [record for record in records if "eval_loss" in record]
+        axes.plot(
+            [record["step"] for record in evaluated],
+            [record["eval_loss"] for record in evaluated],
+            "o",
+            color=axes.lines[-1].get_color(),
+            markersize=4,
+            label=f"held out ({evaluated[-1]['eval_loss']:.2f})" if evaluated else None,
         )
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per label")

@@ -141,7 +141,7 @@ def test_a_tokenizer_is_used_and_kept(tmp_path, tokenizer_json):
     keys = dict(vocab_size=400, validation_source=str(tmp_path / "again"))
     assert open_data(tmp_path / "out", "validation", **keys).num_tokens == sum(map(len, found))
     prepare([tmp_path / "texts"], tmp_path / "bytes")
-    with pytest.raises(ValueError, match="were not made by the same tokenizer"):
+    with pytest.raises(ValueError, match="have different tokenizers"):
         open_data(tmp_path / "bytes", "validation", **keys)
 
 
