@@ -236,7 +236,7 @@ def open_source(
         if not 0 < held_out.sum() < len(starts):
             raise ValueError(
                 f"data_config.validation_fraction={validation_fraction} of {len(starts):,} "
-                f"documents holds out {held_out.sum()}, and both splits need one; change it, or set "
+                f"documents holds out {held_out.sum()}, and both splits need one; change it or set "
                 f"validation_source"
             )
         chosen = held_out if split == "validation" else ~held_out
@@ -246,7 +246,7 @@ def open_source(
         what = "eval_iters" if split == "validation" else "one step:"
         raise ValueError(
             f"{key}={name!r} has {num_tokens:,} tokens for {split}, and {what} {num_batches} x "
-            f"batch_size {batch_size} x seqlen {seqlen} = {needed:,} are needed; give more text, or "
+            f"batch_size {batch_size} x seqlen {seqlen} = {needed:,} are needed; give more text or "
             f"lower one of these"
         )
     description = f"{name}, {len(starts):,} documents, {num_tokens:,} tokens{corpus.note}"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -270,6 +271,16 @@ def test_a_data_set_of_the_hub_is_read_with_its_config(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: hole)
     with pytest.raises(ValueError, match="owner/name: field 'text' is of type NoneType, and must"):
         prepare(["owner/name"], tmp_path / "again")
+
+
+def test_the_folder_is_read_by_what_the_readme_says(tmp_path, monkeypatch):
+    write_corpus(tmp_path)
+    prepare([tmp_path / "texts"], tmp_path / "DIR")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"d": 2}
+    exec(code, names)
+    assert names["document"].tolist() == BYTES[2]
 
 
 def test_files_that_are_not_utf_8_can_be_left_out(tmp_path, capfd):

@@ -3,8 +3,11 @@
 import json
 import socket
 import subprocess
+import sysconfig
+from pathlib import Path
 
 import pytest
+import tokenizers
 from conftest import ROOT, environment, read_metrics, run, torchrun
 
 # Three steps on English text, of a model that takes a moment.
@@ -111,6 +114,34 @@ def test_an_evaluation_changes_nothing_and_comes_every_so_many_steps_and_last(
     records = read_metrics(tmp_path)
     assert ["eval_loss" in record for record in records] == [False, True, True]
     assert records[2]["eval_loss"] < records[1]["eval_loss"] < 5.6
+
+
+def test_a_corpus_of_ones_own_from_the_tokenizer_to_the_evaluation(tmp_path):
+    """The README's way, with less text and fewer steps."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    files = [str(path) for path in (stdlib / "json").glob("*.py")]
+    tokenizer.train(files, 512, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    prepare = ["prepare", stdlib / "json/*.py", stdlib / "email/*.py", "--output", tmp_path / "out"]
+    prepare += ["--tokenizer", tmp_path / "tokenizer.json", "--end-of-text", "<|endoftext|>"]
+    run("python", "data.py", *prepare)
+
+    own = [f"data_config.source={tmp_path / 'out'}", "data_config.validation_fraction=0.2"]
+    own += ["train_config.train_iters=20", "train_config.eval_interval=10"]
+    own += ["train_config.eval_iters=4", f"train_config.output_dir={tmp_path / 'run'}"]
+    result = run("python", "main.py", *SHORT, *own, check=False)
+    assert result.returncode == 1
+    assert "has token ids up to 511, and the model's vocab_size is 288" in result.stderr
+    assert "parameters:" not in result.stdout, "said before anything is built"
+    result = run("python", "main.py", *SHORT, *own, "model_config.overrides.vocab_size=512")
+    documents = len(files) + len(list((stdlib / "email").glob("*.py")))
+    held_out = documents // 5
+    assert f"validation: {tmp_path / 'out'}, {held_out} documents" in result.stdout
+    assert f"data: {tmp_path / 'out'}, {documents - held_out} documents" in result.stdout
+    losses = [r["eval_loss"] for r in read_metrics(tmp_path / "run") if "eval_loss" in r]
+    assert len(losses) == 2
+    assert losses[1] < losses[0] < 6.2  # ln(512) = 6.24: what is known at first
 
 
 def test_bfloat16_follows_float32(one_process, tmp_path):
