@@ -276,7 +276,8 @@ def plot(runs: list[str], output: str) -> None:
             [record["eval_loss"] for record in evaluated],
             "o",
             color=axes.lines[-1].get_color(),
-            markersize=4,
+            markeredgecolor="black",
+            markersize=5,
             label=f"held out ({evaluated[-1]['eval_loss']:.2f})" if evaluated else None,
         )
     axes.set_xlabel("step")
