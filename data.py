@@ -369,8 +369,8 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
         if size <= checked_bytes and sha256(path) != checksums[name]:
             raise ValueError(f"{path} does not have the checksum that meta.json says: {again}")
         arrays[name] = np.asarray(np.memmap(path, item, mode="r"))  # plain slices are faster
-    tokens, starts = arrays["tokens.bin"], np.array(arrays["offsets.bin"])
-    if starts[0] != 0 or starts[-1] != len(tokens) or (np.diff(starts) < 0).any():
+    tokens, starts = arrays["tokens.bin"], arrays["offsets.bin"]
+    if starts[0] != 0 or starts[-1] != len(tokens) or (starts[1:] < starts[:-1]).any():
         raise ValueError(f"{folder}/offsets.bin does not cover tokens.bin: {again}")
     return Corpus([tokens], starts, vocab_size, meta.get("tokenizer_sha256", ""))
 

@@ -95,7 +95,7 @@ def _read_lines(path: str, begin: int, end: int, field: str) -> Iterator[str]:
         while (position := file.tell()) < end and (line := file.readline()):
             if not line.isspace():
                 with located(where):
-                    text = text_of(json.loads(line.decode()), field)
+                    text = text_of(json.loads(line.decode().strip()), field)
                 yield text
 
 
