@@ -1,4 +1,4 @@
-"""Run by torchrun from test_main.py: one step's gradients, by main.py's own functions, per case.
+"""Run by torchrun: one step's gradients, by main.py's own functions, per case.
 
 Arguments: a file of cases (JSON) and the output file. A case holds config overrides, and
 `ignored_from_row`: labels of the global batch's rows from there on do not count.
@@ -75,7 +75,7 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
 
 if __name__ == "__main__":
     cases = json.load(open(sys.argv[1]))
-    main.init_env("gloo")
+    main.init_env("nccl" if torch.cuda.is_available() else "gloo")
     results = [gradients(**case) for case in cases]
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[2])
