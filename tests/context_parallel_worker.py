@@ -89,12 +89,16 @@ def check(backend, mesh, dtype, lengths: list[int], causal: bool, chunk_size: in
     assert all(found[name] <= limit[name] for name in NAMES), (found, limit, lengths, causal)
 
     # Dispatch is what the position ids say, padding included, and undispatch takes it back.
-    positions = api.get_position_ids(key)
     stream = torch.arange(total, device=mesh.device_type)
-    padded = torch.nn.functional.pad(stream, (0, key.pad_size), value=-100)
-    assert torch.equal(api.dispatch(stream, key, pad_value=-100), padded[positions])
-    assert torch.equal(api.undispatch(padded[positions], key), stream)
-    assert (out[positions >= total] == 0).all()
+    local = api.dispatch(stream, key, pad_value=-100)
+    is_padding = local == -100
+    padding = is_padding.sum()
+    dist.all_reduce(padding, group=group)
+    assert padding == key.pad_size
+    positions = api.get_position_ids(key)
+    assert torch.equal(positions, local.where(~is_padding, total - 1))
+    assert torch.equal(api.undispatch(local, key), stream)
+    assert (out[is_padding] == 0).all()
 
     # Their gradients: each is the other's transpose, for a loss that every cp rank computes whole.
     x = torch.randn(total, 3, dtype=torch.float64).to(mesh.device_type).requires_grad_()

@@ -17,6 +17,7 @@ CASE = [
     f"data_config.source={ROOT}/tests/*.py",
     "data_config.batch_size=4",
     "train_config.gradient_accumulation_steps=2",
+    "train_config.compile=false",
 ]
 
 
@@ -104,6 +105,7 @@ def test_a_step_is_the_same_with_either_backend_and_cp(magi_gpus, tmp_path):
             {
                 "overrides": [
                     "model_config.preset=tiny",
+                    'model_config.overrides={"num_hidden_layers": 2, "initializer_range": 0.1}',
                     f"data_config.source={sources[name]}",
                     "data_config.seqlen=5001",
                     "data_config.batch_size=2",
