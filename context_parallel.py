@@ -179,7 +179,7 @@ def magi_attn_varlen_key(
     cp_group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
     cp_size = dist.get_world_size(cp_group)
 
-    on_gpu = dist.get_backend(cp_group) == "nccl"
+    on_gpu = torch.cuda.is_available()
     total_seqlen = int(cu_seqlens_q[-1])
     auto_chunk_size = -(-total_seqlen // (MIN_CHUNKS_PER_RANK * cp_size))
     chunk_size = min(dist_attn_config.dispatch_config.chunk_size, auto_chunk_size)
@@ -236,8 +236,11 @@ def balanced_partitions(areas: list[int], cp_size: int) -> list[list[int]]:
 
 
 def get_position_ids(key: DistAttnRuntimeKey) -> Tensor:
-    """Returns the local tokens' positions in the packed stream (not in their documents), [s]."""
-    return _local_slice(key.order, key.cp_group)
+    """Returns the local tokens' positions in the packed stream (not in their documents), [s].
+
+    Padding has the last token's, as in magi_attention.
+    """
+    return _local_slice(key.order, key.cp_group).clamp(max=key.total_seqlen - 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -332,18 +335,20 @@ def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple
         # Strided inputs can give NaN gradients without a word in magi_attention 1.1.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return load_api("magi_attention").calc_attn(q, k, v, key)
-    kv = torch.stack([k, v], dim=1)  # one collective for both
     if dist.get_world_size(key.cp_group) > 1:
+        kv = torch.stack([k, v], dim=1)  # one collective for both
         kv = _Gather.apply(kv, key.cp_group, True)  # [S, 2, nkv, hd], in the ranks' order
+        k, v = kv.unbind(dim=1)
     if key.block_mask is not None:
-        return _flex_attention(q, kv, key.block_mask), None
-    return _sdpa_attention(q, kv.index_select(0, key.inverse_order), key), None
+        return _flex_attention(q, k, v, key.block_mask), None
+    k, v = (x.index_select(0, key.inverse_order) for x in (k, v))
+    return _sdpa_attention(q, k, v, key), None
 
 
-def _sdpa_attention(q: Tensor, kv: Tensor, key: DistAttnRuntimeKey) -> Tensor:
+def _sdpa_attention(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> Tensor:
     """Attention chunk by chunk against the keys in stream order that the chunk's queries see.
 
-    q: [s, nh, hd]; kv: [S, 2, nkv, hd]; returns [s, nh, hd].
+    q: [s, nh, hd]; k, v: [S, nkv, hd]; returns [s, nh, hd].
     """
     outs = []
     local_chunks = key.partitions[dist.get_rank(key.cp_group)]
@@ -357,11 +362,10 @@ def _sdpa_attention(q: Tensor, kv: Tensor, key: DistAttnRuntimeKey) -> Tensor:
         first, last = (int(seen_from[0]), int(seen_to[-1])) if start < end else (0, 0)
         keys = torch.arange(first, last)
         mask = (keys >= seen_from[:, None]) & (keys < seen_to[:, None])
-        k, v = kv[first:last].unbind(dim=1)
         out = F.scaled_dot_product_attention(
             q_chunk[: end - start].transpose(0, 1)[None],  # [1, nh, queries, hd]
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
+            k[first:last].transpose(0, 1)[None],
+            v[first:last].transpose(0, 1)[None],
             attn_mask=mask,
             enable_gqa=True,
         )
@@ -372,12 +376,12 @@ def _sdpa_attention(q: Tensor, kv: Tensor, key: DistAttnRuntimeKey) -> Tensor:
 
 @functools.cache
 def _compiled_flex_attention():
-    return torch.compile(flex_attention)
+    # dynamic=False: for a second shape it would compile a kernel for all, half as fast.
+    return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex_attention(q: Tensor, kv: Tensor, block_mask: BlockMask) -> Tensor:
-    """q: [s, nh, hd]; kv: [S, 2, nkv, hd], in the ranks' order; returns [s, nh, hd]."""
-    k, v = kv.unbind(dim=1)
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    """q: [s, nh, hd]; k, v: [S, nkv, hd], in the ranks' order; returns [s, nh, hd]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, hd]
     out = _compiled_flex_attention()(q, k, v, block_mask=block_mask, enable_gqa=True)
     return out[0].transpose(0, 1)
@@ -424,3 +428,70 @@ def _tile_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the smallest and the largest value of each tile of 128."""
     tiles = x.view(-1, FLEX_BLOCK_SIZE)
     return tiles.amin(dim=1), tiles.amax(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention whose inputs are computed again
+# ---------------------------------------------------------------------------------------------
+
+
+class SavedAttention:
+    """The attention of a layer that recomputes q, k and v: its kernel runs once all the same.
+
+    It keeps `out` and what else the backend saves for backward (the log-sum-exp; with `native` at
+    cp > 1 the gathered K and V), but not q, k and v, which `gradients` is given again.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> None:
+        """As `calc_attn`; `self.out` is its output, [s, nh, hd]."""
+        qkv = tuple(x.contiguous() for x in (q, k, v))
+        # Not leaves of the graph: those would be held by it.
+        anchor = torch.empty(0, device=q.device, requires_grad=True)
+        with torch.enable_grad():
+            qkv = _GraphInputs.apply(anchor, *qkv)
+            self._inputs = [torch.autograd.graph.get_gradient_edge(x) for x in qkv]
+            with torch.autograd.graph.saved_tensors_hooks(self._pack(qkv), self._unpack):
+                self.out, _ = calc_attn(*qkv, key)
+
+    def gradients(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gradients of q, k and v, which have the values of the first time. Once."""
+        self._again = [x.detach().contiguous() for x in (q, k, v)]
+        gradients = torch.autograd.grad(self.out, self._inputs, grad_out)
+        del self._again
+        return gradients
+
+    def _pack(self, qkv: tuple[Tensor, ...]):
+        """Returns the hook that replaces a view of q, k or v by what is needed to make it again."""
+        storages = [x.untyped_storage().data_ptr() for x in qkv]
+        kv_shape = (2 * len(qkv[1]), *qkv[1].shape[1:])
+
+        def pack(saved: Tensor):
+            storage = saved.untyped_storage().data_ptr()
+            if storage in storages:
+                index = storages.index(storage)
+                offset = saved.storage_offset() - qkv[index].storage_offset()
+                return index, saved.size(), saved.stride(), offset
+            if saved.shape == kv_shape:  # magi_attention at cp > 1
+                return "k and v, one after the other"
+            return saved
+
+        return pack
+
+    def _unpack(self, packed) -> Tensor:
+        if isinstance(packed, tuple):
+            index, size, stride, offset = packed
+            again = self._again[index]
+            return again.as_strided(size, stride, again.storage_offset() + offset)
+        return torch.cat(self._again[1:]) if isinstance(packed, str) else packed
+
+
+class _GraphInputs(torch.autograd.Function):
+    """Puts tensors at the beginning of a graph. The gradient stops there."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        return None, *gradients

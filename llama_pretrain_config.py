@@ -34,7 +34,8 @@ train_config = dict(
     train_iters=1000,  # steps in the whole run
     gradient_accumulation_steps=1,  # micro-batches per step: a rank splits its rows into so many
     dtype="bfloat16",  # of the computation, or `float32`; weights and optimizer are float32
-    activation_checkpointing="full",  # `none`, or `full`: recompute each layer in backward
+    activation_checkpointing="full",  # recompute `none`, `full` or `selective`: all but attention
+    compile=True,  # torch.compile around the attention; the first step takes a minute more
     eval_interval=0,  # steps between evaluations on the held-out documents, and at the end; 0: none
     eval_iters=20,  # batches per evaluation, the same each time
     seed=42,  # of the weights
@@ -83,7 +84,8 @@ SCHEMA = {
     "train_config.train_iters": (int, "at least 1"),
     "train_config.gradient_accumulation_steps": (int, "at least 1"),
     "train_config.dtype": (str, ("bfloat16", "float32")),
-    "train_config.activation_checkpointing": (str, ("none", "full")),
+    "train_config.activation_checkpointing": (str, ("none", "selective", "full")),
+    "train_config.compile": (bool, None),
     "train_config.eval_interval": (int, "at least 0"),
     "train_config.eval_iters": (int, "at least 1"),
     "train_config.seed": (int, "from 0 to 2^32 - 1"),

@@ -15,12 +15,13 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,13 +35,16 @@ from metrics import log
 from modeling_llama import LlamaForCausalLM
 
 
-def init_env(backend: str) -> None:
+def init_env() -> None:
     """Joins the launcher's process group; a single process makes one of its own.
 
-    backend: "nccl", with the GPU that LOCAL_RANK says, or "gloo", on the CPU.
+    With GPUs it is NCCL on the GPU that LOCAL_RANK says, and gloo for what is on the CPU: what the
+    ranks tell each other of the next step does not queue up behind this step's kernels.
     """
-    if backend == "nccl":
+    backend = "gloo"
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
@@ -77,8 +81,9 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     """Shards each decoder layer, and the root with what is left, over the 1-D dp_cp mesh.
 
     Context parallelism gives each rank other tokens of a sequence just as data parallelism gives it
-    other sequences, so to FSDP both are one. Embedding and head stay together in the root's group:
-    two groups would split a tied weight in two, and its gradients with it.
+    other sequences, so to FSDP both are one. A tied embedding and head stay together in the root's
+    group: two groups would split the weight in two, and its gradients with it. A head of its own
+    is a group, so that its gradients are reduced while the layers' backward runs.
 
     The weights are float32 and gradients are reduced in float32, whatever the compute type.
     cast_forward_inputs=False: FSDP's cast would try to copy the runtime key, which cannot be.
@@ -90,7 +95,19 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     )
     for layer in model.model.layers:
         fully_shard(layer, mesh=dp_cp, mp_policy=policy)
+    if not model.config.tie_word_embeddings:
+        head = [model.model.norm, model.lm_head]  # used last, so kept for backward
+        fully_shard(head, mesh=dp_cp, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dp_cp, mp_policy=policy)
+
+
+def apply_compile(model: LlamaForCausalLM) -> None:
+    """Compiles the loss, and each layer's parts around the attention, which stays opaque."""
+    compiled = partial(torch.compile, dynamic=False)  # the few shapes of a run get their own code
+    model.lm_head.cross_entropy = compiled(model.lm_head.cross_entropy)
+    for layer in model.model.layers:
+        layer.before_attention = compiled(layer.before_attention)
+        layer.after_attention = compiled(layer.after_attention)
 
 
 @torch.no_grad()
@@ -114,6 +131,8 @@ def init_weights(model: nn.Module, initializer_range: float, seed: int) -> None:
 
 def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> LlamaForCausalLM:
     """Shards the meta model, then gives it memory on this rank's device, and weights."""
+    if train_config["compile"]:
+        apply_compile(model)
     apply_fsdp(model, dp_cp_mesh(device_mesh))
     model.to_empty(device=device_mesh.device_type)
     init_weights(model, model.config.initializer_range, train_config["seed"])
@@ -139,6 +158,7 @@ def build_optimizer(
         lr=optimizer_config["learning_rate"],
         betas=optimizer_config["betas"],
         eps=optimizer_config["eps"],
+        fused=True,
     )
     warmup, train_iters = optimizer_config["warmup_iters"], train_config["train_iters"]
     floor = optimizer_config["min_learning_rate_ratio"]
@@ -225,7 +245,40 @@ def prepare_magi_attention(
     return input_ids, labels, position_ids, key
 
 
-def loss_func(loss_sum: Tensor, num_labels: Tensor, device_mesh: DeviceMesh) -> Tensor:
+def prepare_step(
+    device_mesh: DeviceMesh,
+    config: LlamaConfig,
+    train_iter: int,
+    stream: torch.cuda.Stream | None,
+    split: str = "train",
+) -> tuple[list[tuple], float, float, dict[str, float]]:
+    """Prepares the batch and the runtime keys of step train_iter, beside the kernels of another.
+
+    Returns (one tuple of `prepare_magi_attention` per micro-batch, the labels that count and the
+    mask's area over all ranks and micro-batches, the seconds that went into data and plan).
+    stream: where its copies to the GPU go; in the stream of the kernels they would wait for those.
+    """
+    start = time.perf_counter()
+    micro_batches = prepare_data(device_mesh, train_iter, split)
+    data_seconds = time.perf_counter() - start
+    # cp ranks hold the same labels before dispatch: the sum over dp is the sum over all.
+    counts = torch.zeros(2, dtype=torch.float64)
+    for _, labels, cu_seqlens in micro_batches:
+        counts[0] += (labels != IGNORED_LABEL).sum()
+        counts[1] += metrics.attention_area(cu_seqlens, config.is_causal)
+    dist.all_reduce(counts, group=device_mesh.get_group("dp"))
+    num_labels, area = counts.tolist()
+
+    start = time.perf_counter()
+    with torch.cuda.stream(stream):
+        prepared = [prepare_magi_attention(*m, config, device_mesh) for m in micro_batches]
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
+    plan_seconds = time.perf_counter() - start
+    return prepared, num_labels, area, dict(data_seconds=data_seconds, plan_seconds=plan_seconds)
+
+
+def loss_func(loss_sum: Tensor, num_labels: float, device_mesh: DeviceMesh) -> Tensor:
     """Returns what this rank backpropagates: loss_sum x world size / num_labels.
 
     loss_sum: the summed token losses of this rank's shard. num_labels: the labels that count in the
@@ -235,40 +288,22 @@ def loss_func(loss_sum: Tensor, num_labels: Tensor, device_mesh: DeviceMesh) -> 
     over ranks of d(loss_sum) / num_labels. FSDP averages gradients, dividing that sum by the world
     size, which the factor here undoes. A mean per rank would weigh ranks with few labels too high.
     """
-    return loss_sum * (device_mesh.size() / num_labels)
+    return loss_sum * (device_mesh.size() / max(1.0, num_labels))
 
 
 def forward_backward(
-    model: LlamaForCausalLM, micro_batches: list[tuple], device_mesh: DeviceMesh
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Accumulates the gradients of one step.
+    model: LlamaForCausalLM, prepared: list[tuple], num_labels: float, device_mesh: DeviceMesh
+) -> Tensor:
+    """Accumulates the gradients of one step and returns this rank's loss sum, a scalar.
 
-    micro_batches: of `prepare_data`. Returns (this rank's loss sum, the labels that count over all
-    ranks, the mask area over all ranks), each a scalar tensor, and the seconds spent on the keys.
+    prepared, num_labels: of `prepare_step`.
     """
-    # cp ranks hold the same labels before dispatch: the sum over dp is the sum over all.
-    counts = torch.zeros(2, dtype=torch.float64)
-    for _, labels, cu_seqlens in micro_batches:
-        counts[0] += (labels != IGNORED_LABEL).sum()
-        counts[1] += metrics.attention_area(cu_seqlens, model.config.is_causal)
-    counts = counts.to(device_mesh.device_type)
-    dist.all_reduce(counts, group=device_mesh.get_group("dp"))
-    num_labels, area = counts
-
-    # All keys before any forward: a later copy to the GPU would queue behind the kernels.
-    start = time.perf_counter()
-    prepared = [
-        prepare_magi_attention(*micro_batch, model.config, device_mesh)
-        for micro_batch in micro_batches
-    ]
-    plan_seconds = time.perf_counter() - start
-
     loss_sum = torch.zeros((), device=device_mesh.device_type)
     for input_ids, labels, position_ids, key in prepared:
         micro_loss_sum = model(input_ids, position_ids, key, labels)
-        loss_func(micro_loss_sum, num_labels.clamp(min=1), device_mesh).backward()
+        loss_func(micro_loss_sum, num_labels, device_mesh).backward()
         loss_sum += micro_loss_sum.detach()
-    return loss_sum, num_labels, area, plan_seconds
+    return loss_sum
 
 
 @torch.no_grad()
@@ -276,17 +311,18 @@ def evaluate(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> float:
     """Returns the mean loss, in nats per label, of the first eval_iters batches of the held-out
     documents: the same batches each time, and the same value for every layout.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=device_mesh.device_type)
+    num_labels = 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device_mesh.device_type)
     for eval_iter in range(train_config["eval_iters"]):
-        for micro_batch in prepare_data(device_mesh, eval_iter, "validation"):
-            input_ids, labels, position_ids, key = prepare_magi_attention(
-                *micro_batch, model.config, device_mesh
-            )
-            totals[0] += model(input_ids, position_ids, key, labels)
-            totals[1] += (labels != IGNORED_LABEL).sum()  # of this rank's shard
-    model.reshard()  # the root's parameters: FSDP leaves that to a backward pass
-    dist.all_reduce(totals, group=dp_cp_mesh(device_mesh).get_group())
-    return (totals[0] / totals[1].clamp(min=1)).item()
+        step = prepare_step(device_mesh, model.config, eval_iter, None, "validation")
+        for input_ids, labels, position_ids, key in step[0]:
+            loss_sum += model(input_ids, position_ids, key, labels)
+        num_labels += step[1]
+    for module in model.modules():  # what FSDP would keep whole for a backward pass
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    dist.all_reduce(loss_sum, group=dp_cp_mesh(device_mesh).get_group())
+    return loss_sum.item() / max(1.0, num_labels)
 
 
 def train(
@@ -311,23 +347,21 @@ def train(
     )
     max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
     eval_interval = train_config["eval_interval"]
+    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
     step_start = time.perf_counter()
+    step = prepare_step(device_mesh, model.config, 0, stream)
     for train_iter in range(train_iters):
-        data_start = time.perf_counter()
-        micro_batches = prepare_data(device_mesh, train_iter)
-        data_seconds = time.perf_counter() - data_start
-
-        loss_sum, num_labels, area, plan_seconds = forward_backward(
-            model, micro_batches, device_mesh
-        )
+        prepared, num_labels, area, seconds = step
+        loss_sum = forward_backward(model, prepared, num_labels, device_mesh)
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         total_loss = loss_sum.double()
         dist.all_reduce(total_loss, group=world.get_group())
+        if train_iter + 1 < train_iters:  # while the GPU still works on this one
+            step = prepare_step(device_mesh, model.config, train_iter + 1, stream)
 
-        # The step's one wait for its results.
-        total_loss, num_labels, area, norm = torch.stack(
-            [total_loss, num_labels, area, grad_norm.full_tensor().double()]
-        ).tolist()
+        # The step's one wait for its results. Until here `prepared` has to live: its memory belongs
+        # to the other stream, which would use it again at once.
+        total_loss, norm = torch.stack([total_loss, grad_norm.full_tensor().double()]).tolist()
         loss = total_loss / max(1.0, num_labels)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             writer.close()
@@ -353,8 +387,7 @@ def train(
             num_labels=int(num_labels),
             area=area,
             step_seconds=step_seconds,
-            plan_seconds=plan_seconds,
-            data_seconds=data_seconds,
+            **seconds,
             eval_loss=eval_loss,
         )
     writer.close()
@@ -425,7 +458,7 @@ def main(arguments: list[str]) -> None:
         set_up(arguments)
     except ValueError as error:
         metrics.exit_with(error)
-    init_env("nccl" if torch.cuda.is_available() else "gloo")
+    init_env()
     device_mesh = build_mesh()
     model = build_llama_model()
     log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")

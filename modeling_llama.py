@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from configuration_llama import LlamaConfig
-from context_parallel import DistAttnRuntimeKey, calc_attn
+from context_parallel import DistAttnRuntimeKey, SavedAttention, calc_attn
 
-LOSS_CHUNK_SIZE = 2048  # tokens whose logits exist at a time
+LOSS_SLICE_SIZE = 8192  # tokens whose logits exist at a time
+MLP_SLICE_SIZE = 16_384  # tokens whose MLP activations exist at a time, where they are recomputed
 
 
 def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
@@ -60,7 +60,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention over whatever the runtime key lets a token see."""
+    """The projections of grouped-query attention; between the two halves stands `calc_attn`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -72,16 +72,16 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: DistAttnRuntimeKey
-    ) -> Tensor:
-        """x: [s, h]; cos, sin: [s, hd / 2]; returns [s, h]."""
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [s, h]; cos, sin: [s, hd / 2]; returns q, [s, nh, hd], and k, v, [s, nkv, hd]."""
         q, k, v = (
             rearrange(proj(x), "s (heads hd) -> s heads hd", hd=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        out, _ = calc_attn(q, k, v, runtime_key)  # [s, nh, hd]
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def output(self, out: Tensor) -> Tensor:
+        """out: [s, nh, hd], of the attention; returns [s, h]."""
         return self.o_proj(rearrange(out, "s heads hd -> s (heads hd)"))
 
 
@@ -101,12 +101,11 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm and added to the residual stream.
 
-    `activation_checkpointing` is "none", or "full" to keep only the layer's input for the backward
-    pass and compute the rest again. The recomputation happens inside the layer, so that FSDP, which
-    wraps it from outside, gathers the layer's parameters once for it and the gradients.
+    What surrounds the attention is in two methods, of tokens alone, which main.py may compile.
     """
 
     def __init__(self, config: LlamaConfig, activation_checkpointing: str) -> None:
+        """activation_checkpointing: "none", "selective" or "full", see `_Recompute`."""
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.self_attn = LlamaAttention(config)
@@ -114,18 +113,81 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def before_attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        x = x + self.self_attn.output(out)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: DistAttnRuntimeKey
     ) -> Tensor:
-        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, cos, sin, runtime_key, use_reentrant=False)
-        return self._forward(x, cos, sin, runtime_key)
+        """x: [s, h]; cos, sin: [s, hd / 2]; returns [s, h]."""
+        if self.activation_checkpointing != "none":
+            return _Recompute.apply(x, cos, sin, runtime_key, self)
+        out, _ = calc_attn(*self.before_attention(x, cos, sin), runtime_key)
+        return self.after_attention(x, out)
 
-    def _forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: DistAttnRuntimeKey
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, runtime_key)
-        return x + self.mlp(self.post_attention_layernorm(x))
+
+class _Recompute(torch.autograd.Function):
+    """A decoder layer that keeps its input alone and computes the rest again in backward.
+
+    "selective" also keeps the output of the attention, twice the memory, and so never runs the
+    attention's kernel a second time. The half behind the attention goes slice by slice: the MLP's
+    activations, 12 times as large as the input, exist for MLP_SLICE_SIZE tokens.
+
+    It stands inside the layer, so that FSDP, which wraps the layer from outside, gathers the
+    layer's parameters once for the recomputation and the gradients. The gradients of the
+    parameters are accumulated by the backward calls in here, those of x are returned.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, runtime_key, layer):
+        ctx.runtime_key, ctx.layer, ctx.attention = runtime_key, layer, None
+        q, k, v = layer.before_attention(x, cos, sin)
+        if layer.activation_checkpointing == "selective" and ctx.needs_input_grad[0]:
+            ctx.attention = SavedAttention(q, k, v, runtime_key)
+            out = ctx.attention.out.detach()
+        else:
+            out, _ = calc_attn(q, k, v, runtime_key)
+        ctx.save_for_backward(x, cos, sin)
+        y = torch.empty_like(x)
+        for part, x_part, out_part in _slices(y, x, out):
+            part.copy_(layer.after_attention(x_part, out_part))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, cos, sin = ctx.saved_tensors
+        layer = ctx.layer
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            qkv = layer.before_attention(x, cos, sin)
+            if ctx.attention is None:
+                out, _ = calc_attn(*qkv, ctx.runtime_key)
+            else:
+                out = ctx.attention.out
+        grad_x, grad_out = torch.empty_like(x), torch.empty_like(out)
+        parts = _slices(grad, x.detach(), out.detach(), grad_x, grad_out)
+        for grad_part, x_part, out_part, grad_x_part, grad_out_part in parts:
+            x_part, out_part = x_part.requires_grad_(), out_part.requires_grad_()
+            with torch.enable_grad():
+                layer.after_attention(x_part, out_part).backward(grad_part)
+            grad_x_part.copy_(x_part.grad)
+            grad_out_part.copy_(out_part.grad)
+        if ctx.attention is None:
+            out.backward(grad_out)
+        else:
+            torch.autograd.backward(qkv, ctx.attention.gradients(grad_out, *qkv))
+        return grad_x.add_(x.grad), None, None, None, None
+
+
+def _slices(*tensors: Tensor):
+    """Returns the tensors' slices of MLP_SLICE_SIZE tokens, those of the same tokens together."""
+    return zip(*(tensor.split(MLP_SLICE_SIZE) for tensor in tensors), strict=True)
 
 
 class LlamaModel(nn.Module):
@@ -152,6 +214,75 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
+class LlamaHead(nn.Linear):
+    """The product with the vocabulary: logits, or with labels the loss without whole logits."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x: [s, h]; returns logits, [s, v], or the summed loss of labels, [s], float32."""
+        if labels is None:
+            return super().forward(x)
+        return _HeadLoss.apply(x, self.weight, labels, self.cross_entropy)
+
+    @staticmethod
+    def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """logits: [n, v]; labels: [n]. Returns the summed loss and its gradient, [n, v].
+
+        The loss of a token is log(sum(exp(logits))) - logits[label], its gradient
+        softmax(logits) - one_hot(label); both in float32, the gradient rounded at the end.
+        """
+        counts = labels != -100
+        labels = labels.clamp(min=0)[:, None]
+        log_sum = logits.float().logsumexp(dim=-1, keepdim=True)
+        loss = (log_sum - logits.gather(1, labels).float())[:, 0]
+        is_label = torch.arange(logits.shape[1], device=logits.device) == labels
+        gradient = (logits.float() - log_sum).exp() - is_label.float()
+        return (loss * counts).sum(), (gradient * counts[:, None]).to(logits.dtype)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The summed cross-entropy of x @ weight.T, LOSS_SLICE_SIZE tokens at a time.
+
+    All logits at once can be larger than everything else together: of 131,072 tokens x 128,256
+    words they are 67 GB in float32. Since the loss is a scalar, whose gradient is known but for a
+    factor, the gradients are computed while the logits are there, with no second product for them
+    in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, cross_entropy):
+        needs_gradient = ctx.needs_input_grad[0]
+        loss_sum = torch.zeros((), device=x.device)
+        if needs_gradient:
+            grad_x = torch.empty_like(x)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        start = 0
+        for x_part, labels_part in zip(
+            x.split(LOSS_SLICE_SIZE), labels.split(LOSS_SLICE_SIZE), strict=True
+        ):
+            loss, grad_logits = cross_entropy(F.linear(x_part, weight), labels_part)
+            loss_sum += loss
+            if needs_gradient:
+                torch.mm(grad_logits, weight, out=grad_x[start : start + len(x_part)])
+                _add_product(grad_weight, grad_logits.T, x_part)
+            start += len(x_part)
+        if needs_gradient:
+            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad, grad_weight * grad, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in float32 where a and b are bfloat16 on a GPU, without a copy between."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 class LlamaForCausalLM(nn.Module):
     """The model with its head: logits for a caller without labels, the loss for one with."""
 
@@ -159,7 +290,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config, activation_checkpointing)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LlamaHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -179,17 +310,4 @@ class LlamaForCausalLM(nn.Module):
         Returns logits, [s, v], or with labels the *sum* of the token losses in nats, a float32
         scalar: dividing by the number of labels is up to the caller, who knows of the other ranks.
         """
-        x = self.model(input_ids, position_ids, runtime_key)
-        if labels is None:
-            return self.lm_head(x)
-        # The logits of all tokens at once can be larger than everything else together (131,072
-        # tokens x 128,256 words in float32 are 67 GB), so they exist for one chunk at a time, and
-        # are computed again in backward.
-        loss_sum = torch.zeros((), device=x.device)
-        chunks, labels_of = x.split(LOSS_CHUNK_SIZE), labels.split(LOSS_CHUNK_SIZE)
-        for chunk, chunk_labels in zip(chunks, labels_of, strict=True):
-            loss_sum += checkpoint(self._loss_sum, chunk, chunk_labels, use_reentrant=False)
-        return loss_sum
-
-    def _loss_sum(self, x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(x).float(), labels, ignore_index=-100, reduction="sum")
+        return self.lm_head(self.model(input_ids, position_ids, runtime_key), labels)

@@ -24,7 +24,8 @@ else
   # A laptop's run: the same code with a small model, about two minutes on two cores.
   set -- model_config.preset=tiny data_config.seqlen=512 data_config.batch_size=4 \
     train_config.train_iters=150 train_config.dtype=float32 \
-    train_config.activation_checkpointing=none train_config.output_dir=runs/tiny \
+    train_config.activation_checkpointing=none train_config.compile=false \
+    train_config.output_dir=runs/tiny \
     train_config.optimizer_config.learning_rate=2e-3 \
     train_config.optimizer_config.warmup_iters=10 \
     parallel_config.context_parallel_size="$processes" "$@"

@@ -75,6 +75,13 @@ def torchrun(processes: int, *command, check=True, **env: str) -> subprocess.Com
     return run(*launcher, f"--nproc-per-node={processes}", *command, check=check, **env)
 
 
+def gpus(count: int) -> str:
+    """Returns CUDA_VISIBLE_DEVICES for `count` GPUs; skips the test where there are fewer."""
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs and `pytest -m gpu`; {torch.cuda.device_count()} are here")
+    return ",".join(map(str, range(count)))
+
+
 def open_data(
     source, split="train", vocab_size=257, num_batches=1, **keys
 ) -> TokenSource | RandomSource:

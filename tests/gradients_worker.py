@@ -1,4 +1,4 @@
-"""Run by torchrun from test_main.py: one step's gradients, by main.py's own functions, per case.
+"""Run by torchrun: one step's gradients, by main.py's own functions, per case.
 
 Arguments: a file of cases (JSON) and the output file. A case holds config overrides, and
 `ignored_from_row`: labels of the global batch's rows from there on do not count.
@@ -49,27 +49,34 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
     shards = {torch.Size([rows // dist.get_world_size(), columns]) for rows, columns in wholes}
     with WholeParameters(wholes - shards) as whole:
         main.parallelize_model(model, mesh)
-    micro_batches = main.prepare_data(mesh, train_iter=1)
-    if ignored_from_row is not None:
-        seqlen = main.data_config["seqlen"]
-        rank_rows = main.data_config["batch_size"] // mesh["dp"].size()
-        row = mesh["dp"].get_local_rank() * rank_rows
+    prepare_data = main.prepare_data
+
+    def with_ignored_rows(mesh, train_iter, split):
+        micro_batches = prepare_data(mesh, train_iter, split)
+        row = mesh["dp"].get_local_rank() * main.data_config["batch_size"] // mesh["dp"].size()
         for _, labels, _ in micro_batches:
-            for row_labels in labels.view(-1, seqlen):
-                if row >= ignored_from_row:
+            for row_labels in labels.view(-1, main.data_config["seqlen"]):
+                if ignored_from_row is not None and row >= ignored_from_row:
                     row_labels[:] = IGNORED_LABEL
                 row += 1
-    loss_sum, num_labels, area, _ = main.forward_backward(model, micro_batches, mesh)
+        return micro_batches
+
+    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+    main.prepare_data = with_ignored_rows
+    prepared, num_labels, area, _ = main.prepare_step(mesh, model.config, 1, stream)
+    main.prepare_data = prepare_data
+    loss_sum = main.forward_backward(model, prepared, num_labels, mesh)
     dist.all_reduce(loss_sum)
     grad_norm = clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
-    eval_loss = main.evaluate(model, mesh)
+    evaluates = main.data_config["validation_source"]
+    eval_loss = main.evaluate(model, mesh) if evaluates else None
     assert all(isinstance(p, DTensor) for p in model.parameters()), "sharded, as before"
     return {
         "loss": (loss_sum / num_labels).item(),
         "grad_norm": grad_norm.item(),
         "eval_loss": eval_loss,
-        "num_labels": num_labels.item(),
-        "area": area.item(),
+        "num_labels": num_labels,
+        "area": area,
         "whole_parameters": whole.most,
         "local_parameters": sum(p.to_local().numel() for p in model.parameters()),
         "weights": {n: p.detach().full_tensor() for n, p in model.named_parameters()},
@@ -79,7 +86,7 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
 
 if __name__ == "__main__":
     cases = json.load(open(sys.argv[1]))
-    main.init_env("gloo")
+    main.init_env()
     results = [gradients(**case) for case in cases]
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[2])

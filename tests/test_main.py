@@ -66,6 +66,7 @@ def overrides(folder, cp, accumulation, **shape_fields):
         f"data_config.seqlen={SEQLEN}",
         f"data_config.batch_size={BATCH_SIZE}",
         "train_config.dtype=float32",
+        "train_config.compile=false",
         f"train_config.gradient_accumulation_steps={accumulation}",
         f"parallel_config.context_parallel_size={cp}",
         "parallel_config.chunk_size=16",
@@ -164,6 +165,29 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
     assert result["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
     assert result["eval_loss"] == pytest.approx(truth["eval_loss"], rel=1e-5)
     assert result["gradients"].keys() == truth["gradients"].keys()
+    for name, gradient in result["gradients"].items():
+        assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "cp, recomputation, compiled",
+    [(1, "selective", True), (2, "selective", False), (2, "full", False)],
+)
+def test_recomputation_and_compilation_change_no_gradient(
+    cp, recomputation, compiled, folder, expected, tmp_path
+):
+    case = [
+        *overrides(folder, cp, accumulation=1, tied=False),
+        f"train_config.activation_checkpointing={recomputation}",
+        f"train_config.compile={compiled}",
+    ]
+    cases = [{"overrides": case, "ignored_from_row": None}]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    worker = ROOT / "tests/gradients_worker.py"
+    torchrun(cp, worker, tmp_path / "cases.json", tmp_path / "out.pt")
+    (result,) = torch.load(tmp_path / "out.pt")
+    truth = expected[(False, True, None)]
+    assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
     for name, gradient in result["gradients"].items():
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
 
@@ -296,7 +320,8 @@ def test_fsdp_wraps_each_layer_and_keeps_gradients_in_float32(config, cp_group, 
     model.model.layers[0].register_forward_hook(
         lambda layer, inputs, output: seen.extend(x.dtype for x in (*inputs[:3], output))
     )
-    main.forward_backward(model, main.prepare_data(mesh, train_iter=0), mesh)
+    prepared, num_labels, _, _ = main.prepare_step(mesh, model.config, 0, None)
+    main.forward_backward(model, prepared, num_labels, mesh)
     assert seen == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
     for name, param in model.named_parameters():
         assert param.dtype == param.grad.dtype == torch.float32, name

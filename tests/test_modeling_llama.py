@@ -109,12 +109,13 @@ def test_documents_do_not_see_each_other(is_causal, cp_group):
     assert relative_error(logits, torch.cat(expected)) < 1e-5
 
 
-@pytest.mark.parametrize("loss_chunk_size", [7, 64, 2048])
-@pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
-def test_loss_chunks_and_recomputation_change_no_gradient(
-    loss_chunk_size, activation_checkpointing, cp_group, monkeypatch
+@pytest.mark.parametrize("slice_size", [7, 64, 2048])
+@pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "full"])
+def test_slices_and_recomputation_change_no_gradient(
+    slice_size, activation_checkpointing, cp_group, monkeypatch
 ):
-    monkeypatch.setattr(modeling_llama, "LOSS_CHUNK_SIZE", loss_chunk_size)
+    monkeypatch.setattr(modeling_llama, "LOSS_SLICE_SIZE", slice_size)
+    monkeypatch.setattr(modeling_llama, "MLP_SLICE_SIZE", slice_size)
     torch.manual_seed(2)
     config = CONFIGS["untied"]
     model = LlamaForCausalLM(config)
@@ -149,9 +150,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_logits_exist_for_one_chunk_at_a_time(cp_group, monkeypatch):
+def test_logits_exist_for_one_slice_at_a_time(cp_group, monkeypatch):
     """In forward and backward; and forward keeps none of them for backward."""
-    monkeypatch.setattr(modeling_llama, "LOSS_CHUNK_SIZE", 16)
+    monkeypatch.setattr(modeling_llama, "LOSS_SLICE_SIZE", 16)
     config = dataclasses.replace(SMALL, vocab_size=5000)  # larger than all that is not logits
     model = LlamaForCausalLM(config)
     tokens, labels = torch.randint(config.vocab_size, (2, 256))

@@ -166,7 +166,7 @@ BAD_INPUT = {
     "latin.txt": (b"na\xefve", "{path} is not UTF-8 (byte 2)"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "{path}, line 2: not UTF-8, invalid"),
     "surrogate.jsonl": (b'{"text": "\\ud83d"}\n', "{path}, line 1: not UTF-8, surrogates not all"),
-    "invalid.jsonl": (b'\n{"text": "a"}\n{"text": \n', "{path}, line 3: invalid JSON, Expecting va"),
+    "invalid.jsonl": (b'\n{"text": "a"}\n{"text": \n', "{path}, line 3: invalid JSON, Expecting v"),
     "field.jsonl": (b'{"text": "a"}\n' * 9 + b'{"body": 1, "id": 2}',
                     "{path}, line 10: no field 'text'; its fields are body, id (--field)"),
     "number.jsonl": (b'{"text": 5}\n', "{path}, line 1: field 'text' is of type int, and must be"),
