@@ -462,15 +462,16 @@ class SavedAttention:
 
     def _pack(self, qkv: tuple[Tensor, ...]):
         """Returns the hook that replaces a view of q, k or v by what is needed to make it again."""
+        # Not the tensors themselves: autograd keeps the hook, and with it what the hook refers to.
         storages = [x.untyped_storage().data_ptr() for x in qkv]
+        offsets = [x.storage_offset() for x in qkv]
         kv_shape = (2 * len(qkv[1]), *qkv[1].shape[1:])
 
         def pack(saved: Tensor):
             storage = saved.untyped_storage().data_ptr()
             if storage in storages:
                 index = storages.index(storage)
-                offset = saved.storage_offset() - qkv[index].storage_offset()
-                return index, saved.size(), saved.stride(), offset
+                return index, saved.size(), saved.stride(), saved.storage_offset() - offsets[index]
             if saved.shape == kv_shape:  # magi_attention at cp > 1
                 return "k and v, one after the other"
             return saved

@@ -6,9 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, gpus, torchrun
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import context_parallel
-from context_parallel import balanced_partitions, magi_attn_varlen_key, select_backend
+from context_parallel import (
+    SavedAttention,
+    balanced_partitions,
+    magi_attn_varlen_key,
+    select_backend,
+)
 
 WORKER = ROOT / "tests/context_parallel_worker.py"
 
@@ -63,6 +69,49 @@ def test_what_native_cannot_do_is_refused(cp_group):
         magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, window_size=(128, 0))
     with pytest.raises(ValueError, match="cu_seqlens_q must equal cu_seqlens_k"):
         magi_attn_varlen_key(cu_seqlens, cu_seqlens + 1, 4, 2, 64, 0, cp_group)
+
+
+class FusedKV(torch.autograd.Function):
+    """Saves k and v in one tensor, as magi_attention 1.1.1 does at cp > 1 (read in its sources, and
+    seen on two H200s in the memory of a step)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q * k.sum() + v.sum()
+        ctx.save_for_backward(q, torch.cat([k, v]), out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, kv, out = ctx.saved_tensors
+        k, v = kv.chunk(2)
+        grad_k, grad_v = (grad * q).sum() * torch.ones_like(k), grad.sum() * torch.ones_like(v)
+        return grad * k.sum(), grad_k, grad_v
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_saved_attention_keeps_none_of_its_inputs_and_gives_their_gradients(
+    fused, cp_group, monkeypatch
+):
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, 10, 64], dtype=torch.int32)
+    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True)
+    if fused:
+        fused_attn = lambda q, k, v, key: (FusedKV.apply(q, k, v), None)  # noqa: E731
+        monkeypatch.setattr(context_parallel, "calc_attn", fused_attn)
+    inputs = [torch.randn(64, heads, 64, requires_grad=True) for heads in (4, 2, 2)]
+    out, _ = context_parallel.calc_attn(*inputs, key)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, inputs, grad)
+
+    first = [x.detach().clone() for x in inputs]
+    storages = [StorageWeakRef(x.untyped_storage()) for x in first]
+    saved = SavedAttention(*first, key)
+    del first
+    assert all(storage.expired() for storage in storages)
+    assert torch.equal(saved.out, out)
+    for found, gradient in zip(saved.gradients(grad, *inputs), expected, strict=True):
+        assert torch.equal(found, gradient)
 
 
 # The choice of the backend. What a real placeholder is, an importable package without `api`, was
