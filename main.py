@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+import checkpoint
 import context_parallel
+import huggingface
 import llama_pretrain_config
 import metrics
 from configuration_llama import LlamaConfig
@@ -41,10 +44,13 @@ def init_env(backend: str) -> None:
     """
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # Later than the watchdog of a step, which can say more.
+    timeout = timedelta(seconds=2 * train_config["step_timeout"])
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def build_mesh() -> DeviceMesh:
@@ -63,7 +69,9 @@ def dp_cp_mesh(device_mesh: DeviceMesh) -> DeviceMesh:
 
 
 def build_llama_config() -> LlamaConfig:
-    """Returns the model's shape: the preset with its overrides."""
+    """Returns the model's shape: that of `init_from`, or the preset, with the overrides."""
+    if model_config["init_from"]:
+        return huggingface.read_config(model_config["init_from"], model_config["overrides"])
     return LlamaConfig.from_preset(model_config["preset"], model_config["overrides"])
 
 
@@ -116,7 +124,10 @@ def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> Llama
     """Shards the meta model, then gives it memory on this rank's device, and weights."""
     apply_fsdp(model, dp_cp_mesh(device_mesh))
     model.to_empty(device=device_mesh.device_type)
-    init_weights(model, model.config.initializer_range, train_config["seed"])
+    if model_config["init_from"]:
+        huggingface.load_weights(model, model_config["init_from"])
+    else:
+        init_weights(model, model.config.initializer_range, train_config["seed"])
     return model
 
 
@@ -280,22 +291,28 @@ def train(
     device_mesh: DeviceMesh,
     train_iters: int,
 ) -> None:
-    """Trains train_iters steps and logs each.
+    """Trains up to step train_iters, from the checkpoint that is there, and logs each step.
 
-    Raises FloatingPointError, before the weights change, if loss or gradient norm is not finite.
+    Raises FloatingPointError, before the weights change, if loss or gradient norm is not finite,
+    and CheckpointError if what should be resumed or saved cannot be.
     """
     model.train()
     world = dp_cp_mesh(device_mesh)
+    run_config = metrics.run_config(llama_pretrain_config.sections(), model.config)
+    checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config, log)
+    first_iter = checkpointer.resume()
     writer = metrics.MetricsWriter(
         train_config["output_dir"],
-        run_config={**llama_pretrain_config.sections(), "machine": metrics.describe_machine()},
+        run_config=run_config,
         llama_config=model.config,
+        first_iter=first_iter,
         tokens_per_step=data_config["batch_size"] * data_config["seqlen"],
         world_size=world.size(),
     )
     max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
+    save_seconds = 0.0
     step_start = time.perf_counter()
-    for train_iter in range(train_iters):
+    for train_iter in range(first_iter, train_iters):
         data_start = time.perf_counter()
         micro_batches = prepare_data(device_mesh, train_iter)
         data_seconds = time.perf_counter() - data_start
@@ -304,17 +321,18 @@ def train(
             model, micro_batches, device_mesh
         )
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        total_loss = loss_sum.double()
-        dist.all_reduce(total_loss, group=world.get_group())
+        # Together, so that all ranks leave after the same step.
+        totals = torch.stack([loss_sum, torch.full_like(loss_sum, checkpointer.stopping)]).double()
+        dist.all_reduce(totals, group=world.get_group())
 
         # The step's one wait for its results.
-        total_loss, num_labels, area, norm = torch.stack(
-            [total_loss, num_labels, area, grad_norm.full_tensor().double()]
+        total_loss, stop, num_labels, area, norm = torch.stack(
+            [*totals, num_labels, area, grad_norm.full_tensor().double()]
         ).tolist()
         loss = total_loss / max(1.0, num_labels)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             writer.close()
-            raise_not_finite(train_iter + 1, loss, norm, loss_sum, model)
+            metrics.raise_not_finite(train_iter + 1, loss, norm, loss_sum, model)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, grad_norm)
         learning_rate = lr_scheduler.get_last_lr()[0]
         optimizer.step()
@@ -333,27 +351,12 @@ def train(
             step_seconds=step_seconds,
             plan_seconds=plan_seconds,
             data_seconds=data_seconds,
+            save_seconds=save_seconds,
         )
+        save_seconds = checkpointer.after_step(train_iter + 1, stop > 0)
+        if stop:
+            break
     writer.close()
-
-
-def raise_not_finite(
-    step: int, loss: float, grad_norm: float, loss_sum: Tensor, model: nn.Module
-) -> None:
-    """Raises FloatingPointError with what each rank knows of it. A collective over all ranks."""
-    bad = [
-        name
-        for name, param in model.named_parameters()
-        if param.grad is not None and not param.grad.to_local().isfinite().all()
-    ]
-    where = f"in {len(bad)} parameters, first {bad[0]}" if bad else "nowhere"
-    state = f"loss sum {loss_sum.item():.6g}, non-finite gradients {where}"
-    states = [""] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    raise FloatingPointError(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the "
-        f"weights were changed. " + "; ".join(f"rank {r}: {s}" for r, s in enumerate(states))
-    )
 
 
 def set_up(arguments: list[str]) -> None:
@@ -380,7 +383,10 @@ def set_up(arguments: list[str]) -> None:
     )
     parallel_config["context_parallel_backend"] = backend
     source = open_token_source()
+    if model_config["init_from"]:
+        huggingface.check_weights(build_llama_model(), model_config["init_from"])
     metrics.make_output_dir(train_config["output_dir"])
+    checkpoint.check_resume(metrics.run_config(llama_pretrain_config.sections(), config))
 
     for line in notes:
         log(line)
@@ -407,7 +413,7 @@ def main(arguments: list[str]) -> None:
     optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
     try:
         train(model, optimizer, lr_scheduler, device_mesh, train_config["train_iters"])
-    except FloatingPointError as error:
+    except (FloatingPointError, checkpoint.CheckpointError) as error:
         metrics.exit_with(error)
     dist.destroy_process_group()
 
