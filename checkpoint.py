@@ -41,7 +41,7 @@ from checkpoint_format import (
 from configuration_llama import LlamaConfig
 
 # What a run may not change when it goes on: it would not be the same run. All else may differ.
-FIXED = ("data_config.", "llama_config.", "train_config.seed")
+FIXED = ("data", "llama_config.", "train_config.seed")
 
 
 def find(config: dict[str, Any]) -> list[str]:
@@ -69,7 +69,7 @@ def find(config: dict[str, Any]) -> list[str]:
             f"train_config.resume={resume!r} holds no checkpoint; it must be 'auto', 'never', the "
             f"output_dir of a run, or one step-... folder in it"
         )
-    if own and os.path.basename(own[0]) > os.path.basename(os.path.normpath(found[0])):
+    if own and os.path.basename(own[0]) > os.path.basename(found[0]):
         raise CheckpointError(
             f"train_config.resume={resume!r} is older than {own[0]} in train_config.output_dir; "
             f"give another output_dir, or go on from the newest with resume='auto'"
@@ -161,19 +161,20 @@ class Checkpointer:
         )
         self.saving = None  # the future of the save under way
         self.failure = ""  # of the last save
-        self.signalled = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self.signals = signals = []  # received; the handler must not keep all of this alive
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.signalled = True
-        if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        def on_signal(number: int, frame: object) -> None:
+            signals.append(number)
+            if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, on_signal)
 
     @property
     def stopping(self) -> bool:
         """Whether this rank wants the run to save and leave after this step."""
-        return self.signalled or self.failed_for_good
+        return bool(self.signals) or self.failed_for_good
 
     @property
     def failed_for_good(self) -> bool:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 FORMAT = "llama-pretrain checkpoint 1"
+STEP_NAME = r"step-\d{8}"  # ordered by name as by step
 # The names that a `.metadata` of tensors consists of.
 PICKLED_NAMES = {
     "torch.distributed.checkpoint.metadata": (
@@ -42,11 +43,12 @@ class CheckpointError(ValueError):
 
 def checkpoints(path: str) -> list[str]:
     """Returns the folders of the checkpoints at `path`, the newest first: itself, or a run's."""
-    if os.path.exists(os.path.join(path, "manifest.json")):
+    path = os.path.normpath(path)
+    if re.fullmatch(STEP_NAME, os.path.basename(path)):
         return [path]
     names = os.listdir(path) if os.path.isdir(path) else []
-    steps = {name: int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name)}
-    return [os.path.join(path, name) for name in sorted(steps, key=steps.get, reverse=True)]
+    steps = sorted((name for name in names if re.fullmatch(STEP_NAME, name)), reverse=True)
+    return [os.path.join(path, name) for name in steps]
 
 
 def read_manifest(path: str) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def remove(path: str) -> None:
 def remove_leftovers(output_dir: str) -> None:
     """Removes what was half written or half removed when a run was killed."""
     for name in os.listdir(output_dir):
-        if re.fullmatch(r"step-\d{8,}\.(tmp|removed)", name):
+        if re.fullmatch(STEP_NAME + r"\.(tmp|removed)", name):
             shutil.rmtree(os.path.join(output_dir, name))
 
 

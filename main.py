@@ -44,13 +44,11 @@ def init_env(backend: str) -> None:
     """
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # Later than the watchdog of a step, which can say more.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    # Longer than the watchdog of a step waits, which can say more.
     timeout = timedelta(seconds=2 * train_config["step_timeout"])
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        store = dist.HashStore()
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout, **group)
 
 
 def build_mesh() -> DeviceMesh:
@@ -298,17 +296,9 @@ def train(
     """
     model.train()
     world = dp_cp_mesh(device_mesh)
-    run_config = metrics.run_config(llama_pretrain_config.sections(), model.config)
-    checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config, log)
+    checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config(), log)
     first_iter = checkpointer.resume()
-    writer = metrics.MetricsWriter(
-        train_config["output_dir"],
-        run_config=run_config,
-        llama_config=model.config,
-        first_iter=first_iter,
-        tokens_per_step=data_config["batch_size"] * data_config["seqlen"],
-        world_size=world.size(),
-    )
+    writer = metrics.MetricsWriter(run_config(), first_iter, world.size())
     max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
     save_seconds = 0.0
     step_start = time.perf_counter()
@@ -330,9 +320,7 @@ def train(
             [*totals, num_labels, area, grad_norm.full_tensor().double()]
         ).tolist()
         loss = total_loss / max(1.0, num_labels)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            writer.close()
-            metrics.raise_not_finite(train_iter + 1, loss, norm, loss_sum, model)
+        writer.check_finite(train_iter + 1, loss, norm, loss_sum, model)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, grad_norm)
         learning_rate = lr_scheduler.get_last_lr()[0]
         optimizer.step()
@@ -357,6 +345,12 @@ def train(
         if stop:
             break
     writer.close()
+
+
+def run_config() -> dict:
+    """Returns what describes the run: what `config.json` and the checkpoints say of it."""
+    data, sections = open_token_source().description, llama_pretrain_config.sections()
+    return metrics.run_config(sections, build_llama_config(), data)
 
 
 def set_up(arguments: list[str]) -> None:
@@ -386,7 +380,7 @@ def set_up(arguments: list[str]) -> None:
     if model_config["init_from"]:
         huggingface.check_weights(build_llama_model(), model_config["init_from"])
     metrics.make_output_dir(train_config["output_dir"])
-    checkpoint.check_resume(metrics.run_config(llama_pretrain_config.sections(), config))
+    checkpoint.check_resume(run_config())
 
     for line in notes:
         log(line)

@@ -9,6 +9,7 @@ import argparse
 import faulthandler
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -87,9 +88,10 @@ def describe_machine() -> dict[str, str]:
     }
 
 
-def run_config(sections: dict[str, Any], llama_config: LlamaConfig) -> dict[str, Any]:
-    """Returns all that describes a run: the resolved config, the model's shape, the machine."""
-    return {**sections, "llama_config": asdict(llama_config), "machine": describe_machine()}
+def run_config(sections: dict[str, Any], llama_config: LlamaConfig, data: str) -> dict[str, Any]:
+    """Returns what describes a run: the resolved config, the model's shape, data and machine."""
+    found = {"llama_config": asdict(llama_config), "data": data, "machine": describe_machine()}
+    return {**sections, **found}
 
 
 def attention_area(cu_seqlens: torch.Tensor, causal: bool) -> float:
@@ -144,25 +146,6 @@ def make_output_dir(output_dir: str) -> None:
         ) from None
 
 
-def raise_not_finite(
-    step: int, loss: float, grad_norm: float, loss_sum: Tensor, model: nn.Module
-) -> None:
-    """Raises FloatingPointError with what each rank knows of it. A collective over all ranks."""
-    bad = [
-        name
-        for name, param in model.named_parameters()
-        if param.grad is not None and not param.grad.to_local().isfinite().all()
-    ]
-    where = f"in {len(bad)} parameters, first {bad[0]}" if bad else "nowhere"
-    state = f"loss sum {loss_sum.item():.6g}, non-finite gradients {where}"
-    states = [""] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    raise FloatingPointError(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the "
-        f"weights were changed. " + "; ".join(f"rank {r}: {s}" for r, s in enumerate(states))
-    )
-
-
 class MetricsWriter:
     """Logs each step, and on rank 0 writes the run's folder. On every rank it watches the time.
 
@@ -173,23 +156,15 @@ class MetricsWriter:
     A step that is not written within `train_config.step_timeout` seconds ends the process.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        run_config: dict[str, Any],
-        llama_config: LlamaConfig,
-        first_iter: int,
-        tokens_per_step: int,
-        world_size: int,
-    ) -> None:
-        """first_iter: the steps done before; tokens_per_step: trained on by all ranks together;
-        world_size: their number.
-        """
-        self.llama_config = llama_config
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, run_config: dict[str, Any], first_iter: int, world_size: int) -> None:
+        """run_config: of `run_config`. first_iter: the steps that were done before."""
+        data_config, train_config = run_config["data_config"], run_config["train_config"]
+        self.llama_config = LlamaConfig(**run_config["llama_config"])
+        self.tokens_per_step = data_config["batch_size"] * data_config["seqlen"]  # of all ranks
         self.world_size = world_size
-        self.train_iters = run_config["train_config"]["train_iters"]
-        self.step_timeout = run_config["train_config"]["step_timeout"]
+        self.train_iters = train_config["train_iters"]
+        self.step_timeout = train_config["step_timeout"]
+        output_dir = train_config["output_dir"]
         self.watchdog = self._watch(first_iter + 1)
         self.file = self.tensorboard = None
         if rank() != 0:
@@ -258,6 +233,31 @@ class MetricsWriter:
         except OSError as error:  # a full disk: the next step tries again
             log(f"warning: the metrics of step {step} could not be written: {error}")
 
+    def check_finite(
+        self, step: int, loss: float, grad_norm: float, loss_sum: Tensor, model: nn.Module
+    ) -> None:
+        """Raises FloatingPointError if loss or grad_norm is not finite, with what each rank knows.
+
+        loss_sum: this rank's own. A collective over all ranks where it raises.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        self.close()
+        bad = [
+            name
+            for name, param in model.named_parameters()
+            if param.grad is not None and not param.grad.to_local().isfinite().all()
+        ]
+        where = f"in {len(bad)} parameters, first {bad[0]}" if bad else "nowhere"
+        state = f"loss sum {loss_sum.item():.6g}, non-finite gradients {where}"
+        states = [""] * self.world_size
+        dist.all_gather_object(states, state)
+        raise FloatingPointError(
+            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before "
+            f"the weights were changed. "
+            + "; ".join(f"rank {r}: {s}" for r, s in enumerate(states))
+        )
+
     def _watch(self, step: int) -> threading.Timer:
         watchdog = threading.Timer(self.step_timeout, _give_up, [step, self.step_timeout])
         watchdog.daemon = True
@@ -266,6 +266,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self.watchdog.cancel()
+        self.watchdog.join()
         for sink in (self.file, self.tensorboard):
             if sink is not None:
                 sink.close()
