@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.rendezvous import rendezvous
 from torch.optim.lr_scheduler import LambdaLR
 
 import huggingface
@@ -44,6 +46,26 @@ from configuration_llama import LlamaConfig
 FIXED = ("data", "llama_config.", "train_config.seed")
 
 
+def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Returns the store through which the ranks find each other, this rank and the world size.
+
+    torchrun keeps its store when it starts the processes of a node again, and these would take the
+    addresses that are left there for each other's. So each start on one node has keys of its own.
+    (Over several nodes the counts of restarts differ; there a scheduler has to start all again.)
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return dist.HashStore(), 0, 1
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"start {restarts()}", store)
+    return store, rank, world_size
+
+
+def restarts() -> int:
+    """Returns how often torchrun has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def find(config: dict[str, Any]) -> list[str]:
     """Returns the checkpoints from which a run may go on, the best first; none to start anew.
 
@@ -53,11 +75,10 @@ def find(config: dict[str, Any]) -> list[str]:
     """
     resume, output_dir = config["train_config"]["resume"], config["train_config"]["output_dir"]
     own = checkpoints(output_dir)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if resume == "auto" or (restarted and own):
+    if resume == "auto" or (restarts() and own):
         return own
     if resume == "never":
-        if not restarted and (own or os.path.exists(os.path.join(output_dir, "metrics.jsonl"))):
+        if not restarts() and (own or os.path.exists(os.path.join(output_dir, "metrics.jsonl"))):
             raise CheckpointError(
                 f"train_config.resume='never', but train_config.output_dir={output_dir!r} holds a "
                 f"run; give another output_dir, remove this one, or go on with resume='auto'"

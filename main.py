@@ -44,11 +44,10 @@ def init_env(backend: str) -> None:
     """
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
     # Longer than the watchdog of a step waits, which can say more.
     timeout = timedelta(seconds=2 * train_config["step_timeout"])
-    dist.init_process_group(backend, timeout=timeout, **group)
+    store, rank, world_size = checkpoint.meet(timeout)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
 def build_mesh() -> DeviceMesh:
