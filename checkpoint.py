@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.rendezvous import rendezvous
 from torch.optim.lr_scheduler import LambdaLR
 
 import huggingface
@@ -55,7 +54,7 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return dist.HashStore(), 0, 1
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"start {restarts()}", store)
     return store, rank, world_size
