@@ -44,9 +44,8 @@ def test_a_run_describes_itself_and_learns(one_process):
     lines = stdout.splitlines()
     starts = [line.split(":")[0] for line in lines]
     assert starts == (
-        "one process,machine,mesh,attention,data,config,model,parameters,step,step,step,saved".split(
-            ","
-        )
+        ["one process", "machine", "mesh", "attention", "data", "config", "model", "parameters"]
+        + ["step", "step", "step", "saved"]
     )
     assert "python " in lines[1] and "torch " in lines[1] and "CPU" in lines[1]
     assert lines[2] == "mesh: dp 1 x cp 1, 1 processes"
