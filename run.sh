@@ -6,9 +6,9 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash run.sh  # the first of two nodes
 #
 # Environment: GPUS_PER_NODE (default: the GPUs that are there, or 2 processes on the CPU), NNODES
-# (or WORLD_SIZE, as some schedulers set it; default 1), NODE_RANK (or RANK; default 0), MASTER_ADDR
-# (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port), MAX_RESTARTS
-# (default 0: how often torchrun starts all processes again after one of them failed).
+# (or WORLD_SIZE, as some schedulers set it; default 1), NODE_RANK (or RANK, or SLURM_NODEID; default
+# 0), MASTER_ADDR (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port),
+# MAX_RESTARTS (default 0: how often torchrun starts all processes again after one of them failed).
 #
 # INT (Ctrl-C), TERM and USR1 make the run save and leave with exit code 0.
 set -euo pipefail
@@ -18,7 +18,7 @@ counts=$(python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_co
 read -r gpus cores <<<"$counts"
 processes=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
 nodes=${NNODES:-${WORLD_SIZE:-1}}
-node_rank=${NODE_RANK:-${RANK:-0}}
+node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:-0}}}
 
 if ((gpus > 0)); then
   # As many hardware queues as MagiAttention wants to overlap communication with computation.
