@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -169,16 +168,6 @@ class Checkpointer:
         # A group of its own: DCP's thread talks on it while the training talks on the others. Gloo,
         # since what it talks about is on the CPU.
         self.group = dist.new_group(backend="gloo")
-        on_gpu = torch.cuda.is_available()
-        # The copy off the GPU is all that training waits for. Its memory is kept for the next.
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
         self.saving = None  # the future of the save under way
         self.failure = ""  # of the last save
         self.signals = signals = []  # received; the handler must not keep all of this alive
@@ -259,7 +248,6 @@ class Checkpointer:
             self._state(dist.get_rank()),
             checkpoint_id=os.path.join(self.train_config["output_dir"], f"step-{step:08}.tmp"),
             storage_writer=self.writer,
-            async_stager=self.stager,
             process_group=self.group,
         )
         if last:

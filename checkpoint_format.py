@@ -123,7 +123,9 @@ class Writer(dcp.FileSystemWriter):
     """
 
     def __init__(self, keep_last: int) -> None:
-        super().__init__("", per_thread_copy_ahead=0)  # what it is given is on the CPU already
+        # It makes the copy in host memory, too, that training waits for: for a GPU a pinned one,
+        # which is kept for the next.
+        super().__init__("", cache_staged_state_dict=torch.cuda.is_available())
         self.keep_last = keep_last
         self.manifest: dict[str, Any] = {}  # of the next checkpoint, but for its files
 
