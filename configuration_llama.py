@@ -65,21 +65,28 @@ class LlamaConfig:
 
     @classmethod
     def from_preset(cls, preset: str, overrides: dict[str, Any]) -> "LlamaConfig":
-        """Returns the preset's shape with `overrides` (field name to value) put in its place.
+        """Returns the preset's shape with `overrides` put in its place.
 
-        Raises ValueError for an unknown preset or field, naming the nearest, and for a value that
-        makes no model.
+        Raises ValueError for an unknown preset, and what `override` raises.
         """
         if preset not in PRESETS:
             raise ValueError(f"model_config.preset={preset!r} must be one of {', '.join(PRESETS)}")
-        names = [field.name for field in fields(cls)]
+        return PRESETS[preset].override(overrides)
+
+    def override(self, overrides: dict[str, Any]) -> "LlamaConfig":
+        """Returns this shape with `overrides` (field name to value) put in its place.
+
+        Raises ValueError for an unknown field, naming the nearest, and for a value that makes no
+        model.
+        """
+        names = [field.name for field in fields(self)]
         for name in overrides:
             if name not in names:
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
                 raise ValueError(
                     f"model_config.overrides has no field {name!r}; the nearest is {nearest!r}"
                 )
-        return replace(PRESETS[preset], **overrides)
+        return replace(self, **overrides)
 
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "LlamaConfig":

@@ -27,6 +27,7 @@ data_config = dict(
 
 model_config = dict(
     preset="llama-1b",  # `tiny`, `llama-1b`, `llama-3b` or `llama-8b` (configuration_llama.py)
+    init_from="",  # a Hugging Face folder: its weights, and its config.json for the preset
     overrides={},  # fields that replace the preset's, such as {"num_hidden_layers": 2}
 )
 
@@ -39,7 +40,12 @@ train_config = dict(
     eval_interval=0,  # steps between evaluations on the held-out documents, and at the end; 0: none
     eval_iters=20,  # batches per evaluation, the same each time
     seed=42,  # of the weights
-    output_dir="runs/llama",  # gets config.json, metrics.jsonl and TensorBoard events
+    output_dir="runs/llama",  # gets config.json, metrics.jsonl, checkpoints, TensorBoard events
+    resume="auto",  # from the newest checkpoint in output_dir; `never`; or a path to one
+    checkpoint_interval=250,  # steps between checkpoints; 0: none but the last step's
+    keep_last=2,  # newest checkpoints that are kept; 0: all
+    on_checkpoint_failure="continue",  # after a save that failed (a full disk), or `stop`
+    step_timeout=1800.0,  # seconds after which a step that hangs ends the run
     optimizer_config=dict(
         learning_rate=3e-4,  # at the end of the warm-up
         min_learning_rate_ratio=0.1,  # of learning_rate, where the cosine decay ends
@@ -80,6 +86,7 @@ SCHEMA = {
     "data_config.batch_size": (int, "at least 1"),
     "data_config.seed": (int, "from 0 to 2^32 - 1"),
     "model_config.preset": (str, None),
+    "model_config.init_from": (str, None),
     "model_config.overrides": (dict, None),
     "train_config.train_iters": (int, "at least 1"),
     "train_config.gradient_accumulation_steps": (int, "at least 1"),
@@ -90,6 +97,11 @@ SCHEMA = {
     "train_config.eval_iters": (int, "at least 1"),
     "train_config.seed": (int, "from 0 to 2^32 - 1"),
     "train_config.output_dir": (str, None),
+    "train_config.resume": (str, None),
+    "train_config.checkpoint_interval": (int, "at least 0"),
+    "train_config.keep_last": (int, "at least 0"),
+    "train_config.on_checkpoint_failure": (str, ("continue", "stop")),
+    "train_config.step_timeout": (float, "above 0"),
     "train_config.optimizer_config.learning_rate": (float, "at least 0"),
     "train_config.optimizer_config.min_learning_rate_ratio": (float, "from 0 to 1"),
     "train_config.optimizer_config.warmup_iters": (int, "at least 0"),

@@ -9,30 +9,34 @@ The keys and their defaults are in llama_pretrain_config.py; `python main.py --h
 Shapes in comments: `S` tokens of a packed sequence, `s` = S / cp tokens of this rank's shard.
 """
 
-import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import closing
+from datetime import timedelta
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+import checkpoint
 import context_parallel
 import llama_pretrain_config
 import metrics
+import weights
 from configuration_llama import LlamaConfig
-from data import IGNORED_LABEL, RandomSource, TokenSource, open_source
+from data import IGNORED_LABEL
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from metrics import log
 from modeling_llama import LlamaForCausalLM
+from preflight import build_llama_config, open_token_source, run_config, set_up
 
 
 def init_env() -> None:
@@ -45,10 +49,10 @@ def init_env() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend)
+    # Longer than the watchdog of a step waits, which can say more.
+    timeout = timedelta(seconds=2 * train_config["step_timeout"])
+    store, rank, world_size = checkpoint.meet(timeout)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
 def build_mesh() -> DeviceMesh:
@@ -64,11 +68,6 @@ def build_mesh() -> DeviceMesh:
 def dp_cp_mesh(device_mesh: DeviceMesh) -> DeviceMesh:
     """Returns all ranks as one dimension; the first call builds it, later calls return the same."""
     return device_mesh["dp", "cp"]._flatten("dp_cp")
-
-
-def build_llama_config() -> LlamaConfig:
-    """Returns the model's shape: the preset with its overrides."""
-    return LlamaConfig.from_preset(model_config["preset"], model_config["overrides"])
 
 
 def build_llama_model() -> LlamaForCausalLM:
@@ -110,32 +109,16 @@ def apply_compile(model: LlamaForCausalLM) -> None:
         layer.after_attention = compiled(layer.after_attention)
 
 
-@torch.no_grad()
-def init_weights(model: nn.Module, initializer_range: float, seed: int) -> None:
-    """Fills the parameters: norms with 1, matrices from N(0, initializer_range^2).
-
-    Every rank draws each full matrix from a seed of its own and keeps its shard of it. So the
-    weights do not depend on the layout, and never more than one full matrix is in memory.
-    """
-    for index, param in enumerate(model.parameters()):
-        if param.ndim == 1:
-            param.fill_(1.0)
-            continue
-        generator = torch.Generator(param.device).manual_seed(seed * 1_000_003 + index)
-        full = torch.empty(param.shape, dtype=param.dtype, device=param.device)
-        full.normal_(0.0, initializer_range, generator=generator)
-        if isinstance(param, DTensor):  # src_data_rank=None: cut out of this rank's own copy
-            full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
-        param.copy_(full)
-
-
 def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> LlamaForCausalLM:
     """Shards the meta model, then gives it memory on this rank's device, and weights."""
     if train_config["compile"]:
         apply_compile(model)
     apply_fsdp(model, dp_cp_mesh(device_mesh))
     model.to_empty(device=device_mesh.device_type)
-    init_weights(model, model.config.initializer_range, train_config["seed"])
+    if model_config["init_from"]:
+        weights.load_weights(model, model_config["init_from"])
+    else:
+        weights.init_weights(model, model.config.initializer_range, train_config["seed"])
     return model
 
 
@@ -199,12 +182,6 @@ def prepare_data(
     return micro_batches
 
 
-def open_token_source(split: str) -> TokenSource | RandomSource:
-    """Returns the opened "train" or "validation" split; the first call reads it."""
-    num_batches = train_config["eval_iters"] if split == "validation" else 1
-    return open_source(split, build_llama_config().vocab_size, num_batches, **data_config)
-
-
 def prepare_magi_attention(
     input_ids: Tensor,
     labels: Tensor,
@@ -245,17 +222,25 @@ def prepare_magi_attention(
     return input_ids, labels, position_ids, key
 
 
+class Step(NamedTuple):
+    """A batch that is ready to train on."""
+
+    micro_batches: list[tuple]  # each of `prepare_magi_attention`
+    num_labels: float  # that count, over all ranks and micro-batches
+    area: float  # of the attention mask in (query, key) pairs, over the same
+    data_seconds: float  # that this rank waited for its rows
+    plan_seconds: float  # and spent on the runtime keys
+
+
 def prepare_step(
     device_mesh: DeviceMesh,
     config: LlamaConfig,
     train_iter: int,
-    stream: torch.cuda.Stream | None,
     split: str = "train",
-) -> tuple[list[tuple], float, float, dict[str, float]]:
+    stream: torch.cuda.Stream | None = None,
+) -> Step:
     """Prepares the batch and the runtime keys of step train_iter, beside the kernels of another.
 
-    Returns (one tuple of `prepare_magi_attention` per micro-batch, the labels that count and the
-    mask's area over all ranks and micro-batches, the seconds that went into data and plan).
     stream: where its copies to the GPU go; in the stream of the kernels they would wait for those.
     """
     start = time.perf_counter()
@@ -267,15 +252,13 @@ def prepare_step(
         counts[0] += (labels != IGNORED_LABEL).sum()
         counts[1] += metrics.attention_area(cu_seqlens, config.is_causal)
     dist.all_reduce(counts, group=device_mesh.get_group("dp"))
-    num_labels, area = counts.tolist()
 
     start = time.perf_counter()
     with torch.cuda.stream(stream):
         prepared = [prepare_magi_attention(*m, config, device_mesh) for m in micro_batches]
     if stream is not None:
         torch.cuda.current_stream().wait_stream(stream)
-    plan_seconds = time.perf_counter() - start
-    return prepared, num_labels, area, dict(data_seconds=data_seconds, plan_seconds=plan_seconds)
+    return Step(prepared, *counts.tolist(), data_seconds, time.perf_counter() - start)
 
 
 def loss_func(loss_sum: Tensor, num_labels: float, device_mesh: DeviceMesh) -> Tensor:
@@ -291,19 +274,48 @@ def loss_func(loss_sum: Tensor, num_labels: float, device_mesh: DeviceMesh) -> T
     return loss_sum * (device_mesh.size() / max(1.0, num_labels))
 
 
-def forward_backward(
-    model: LlamaForCausalLM, prepared: list[tuple], num_labels: float, device_mesh: DeviceMesh
-) -> Tensor:
-    """Accumulates the gradients of one step and returns this rank's loss sum, a scalar.
-
-    prepared, num_labels: of `prepare_step`.
-    """
+def forward_backward(model: LlamaForCausalLM, step: Step, device_mesh: DeviceMesh) -> Tensor:
+    """Accumulates the gradients of one step and returns this rank's loss sum, a scalar."""
     loss_sum = torch.zeros((), device=device_mesh.device_type)
-    for input_ids, labels, position_ids, key in prepared:
+    for input_ids, labels, position_ids, key in step.micro_batches:
         micro_loss_sum = model(input_ids, position_ids, key, labels)
-        loss_func(micro_loss_sum, num_labels, device_mesh).backward()
+        loss_func(micro_loss_sum, step.num_labels, device_mesh).backward()
         loss_sum += micro_loss_sum.detach()
     return loss_sum
+
+
+def train_step(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: LambdaLR,
+    device_mesh: DeviceMesh,
+    step: Step,
+    prepare_next: Callable[[], Step],
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> tuple[float, float, bool, Step]:
+    """Trains one step; returns its loss, its gradient norm, whether any rank is stopping, and
+    what prepare_next returned, which is called while the GPU works.
+
+    Raises FloatingPointError, before the weights change, if loss or gradient norm is not finite.
+    """
+    loss_sum = forward_backward(model, step, device_mesh)
+    grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    # Together, so that all ranks leave after the same step.
+    totals = torch.stack([loss_sum, torch.full_like(loss_sum, is_stopping())]).double()
+    dist.all_reduce(totals, group=dp_cp_mesh(device_mesh).get_group())
+    next_step = prepare_next()
+
+    # The one wait for results. Until here `step` has to live: its memory belongs to the stream of
+    # prepare_next, which would use it again at once.
+    total_loss, stop, norm = torch.stack([*totals, grad_norm.full_tensor().double()]).tolist()
+    loss = total_loss / max(1.0, step.num_labels)
+    metrics.check_finite(lr_scheduler.last_epoch + 1, loss, norm, loss_sum, model)
+    max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, grad_norm)
+    optimizer.step()
+    lr_scheduler.step()
+    optimizer.zero_grad()
+    return loss, norm, stop > 0, next_step
 
 
 @torch.no_grad()
@@ -314,10 +326,10 @@ def evaluate(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> float:
     num_labels = 0.0
     loss_sum = torch.zeros((), dtype=torch.float64, device=device_mesh.device_type)
     for eval_iter in range(train_config["eval_iters"]):
-        step = prepare_step(device_mesh, model.config, eval_iter, None, "validation")
-        for input_ids, labels, position_ids, key in step[0]:
+        step = prepare_step(device_mesh, model.config, eval_iter, "validation")
+        for input_ids, labels, position_ids, key in step.micro_batches:
             loss_sum += model(input_ids, position_ids, key, labels)
-        num_labels += step[1]
+        num_labels += step.num_labels
     for module in model.modules():  # what FSDP would keep whole for a backward pass
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -332,124 +344,51 @@ def train(
     device_mesh: DeviceMesh,
     train_iters: int,
 ) -> None:
-    """Trains train_iters steps and logs each.
+    """Trains up to step train_iters, from the checkpoint that is there, and logs each step.
 
-    Raises FloatingPointError, before the weights change, if loss or gradient norm is not finite.
+    Raises FloatingPointError, of `train_step`, and CheckpointError if what should be resumed or
+    saved cannot be.
     """
     model.train()
-    world = dp_cp_mesh(device_mesh)
-    writer = metrics.MetricsWriter(
-        train_config["output_dir"],
-        run_config={**llama_pretrain_config.sections(), "machine": metrics.describe_machine()},
-        llama_config=model.config,
-        tokens_per_step=data_config["batch_size"] * data_config["seqlen"],
-        world_size=world.size(),
-    )
-    max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
-    eval_interval = train_config["eval_interval"]
+    checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config(), log)
+    first_iter = checkpointer.resume()
     stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-    step_start = time.perf_counter()
-    step = prepare_step(device_mesh, model.config, 0, stream)
-    for train_iter in range(train_iters):
-        prepared, num_labels, area, seconds = step
-        loss_sum = forward_backward(model, prepared, num_labels, device_mesh)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        total_loss = loss_sum.double()
-        dist.all_reduce(total_loss, group=world.get_group())
-        if train_iter + 1 < train_iters:  # while the GPU still works on this one
-            step = prepare_step(device_mesh, model.config, train_iter + 1, stream)
-
-        # The step's one wait for its results. Until here `prepared` has to live: its memory belongs
-        # to the other stream, which would use it again at once.
-        total_loss, norm = torch.stack([total_loss, grad_norm.full_tensor().double()]).tolist()
-        loss = total_loss / max(1.0, num_labels)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            writer.close()
-            raise_not_finite(train_iter + 1, loss, norm, loss_sum, model)
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, grad_norm)
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-
-        step_seconds = time.perf_counter() - step_start
-        step_start += step_seconds
-        eval_loss = None
-        is_last = train_iter + 1 == train_iters
-        if eval_interval and (is_last or (train_iter + 1) % eval_interval == 0):
-            eval_loss = evaluate(model, device_mesh)
-            step_start = time.perf_counter()  # no step's time holds an evaluation
-        writer.write(
-            step=train_iter + 1,
-            loss=loss,
-            grad_norm=norm,
-            learning_rate=learning_rate,
-            num_labels=int(num_labels),
-            area=area,
-            step_seconds=step_seconds,
-            **seconds,
-            eval_loss=eval_loss,
-        )
-    writer.close()
-
-
-def raise_not_finite(
-    step: int, loss: float, grad_norm: float, loss_sum: Tensor, model: nn.Module
-) -> None:
-    """Raises FloatingPointError with what each rank knows of it. A collective over all ranks."""
-    bad = [
-        name
-        for name, param in model.named_parameters()
-        if param.grad is not None and not param.grad.to_local().isfinite().all()
-    ]
-    where = f"in {len(bad)} parameters, first {bad[0]}" if bad else "nowhere"
-    state = f"loss sum {loss_sum.item():.6g}, non-finite gradients {where}"
-    states = [""] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    raise FloatingPointError(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the "
-        f"weights were changed. " + "; ".join(f"rank {r}: {s}" for r, s in enumerate(states))
-    )
-
-
-def set_up(arguments: list[str]) -> None:
-    """Resolves the config, chooses the backend, opens the data, and logs what will run.
-
-    All that can be wrong with what a person asked for comes to light here, as a ValueError of one
-    sentence, before any process group exists.
-    """
-    if "LOCAL_RANK" not in os.environ:
-        # No torchrun: RANK and WORLD_SIZE, if they are set, are a scheduler's and count nodes.
-        os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
-    world_size = int(os.environ["WORLD_SIZE"])
-    notes = llama_pretrain_config.resolve(arguments, world_size)
-    on_gpu = torch.cuda.is_available()
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if on_gpu and processes > gpus:
-        raise ValueError(f"{processes} processes on a node with {gpus} GPUs; start at most {gpus}")
-    config = build_llama_config()
-    backend, reason = context_parallel.select_backend(
-        parallel_config["context_parallel_backend"],
-        config.head_dim,
-        train_config["dtype"],
-        "cuda" if on_gpu else "cpu",
-    )
-    parallel_config["context_parallel_backend"] = backend
-    sources = {"data": open_token_source("train")}
-    if train_config["eval_interval"]:
-        sources["validation"] = open_token_source("validation")
-    metrics.make_output_dir(train_config["output_dir"])
-
-    for line in notes:
-        log(line)
-    log(f"machine: {', '.join(f'{k} {v}' for k, v in metrics.describe_machine().items())}")
-    cp_size = parallel_config["context_parallel_size"]
-    log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
-    log(f"attention: {backend} ({reason})")
-    for name, source in sources.items():
-        log(f"{name}: {source.description}")
-    log(f"config: {json.dumps(llama_pretrain_config.sections())}")
-    log(f"model: {json.dumps(asdict(config))}")
+    prepare = partial(prepare_step, device_mesh, model.config, stream=stream)
+    eval_interval, save_seconds = train_config["eval_interval"], 0.0
+    with closing(metrics.MetricsWriter(run_config(), first_iter, device_mesh.size())) as writer:
+        step_start = time.perf_counter()
+        step = prepare(first_iter)
+        for train_iter in range(first_iter, train_iters):
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            loss, grad_norm, stop, next_step = train_step(
+                *(model, optimizer, lr_scheduler, device_mesh, step),
+                prepare_next=partial(prepare, train_iter + 1),
+                is_stopping=lambda: checkpointer.stopping,
+            )
+            step_seconds = time.perf_counter() - step_start
+            step_start += step_seconds
+            eval_loss = None
+            is_last = train_iter + 1 == train_iters
+            if eval_interval and (is_last or (train_iter + 1) % eval_interval == 0):
+                eval_loss = evaluate(model, device_mesh)
+                step_start = time.perf_counter()  # no step's time holds an evaluation
+            writer.write(
+                step=train_iter + 1,
+                loss=loss,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                num_labels=int(step.num_labels),
+                area=step.area,
+                step_seconds=step_seconds,
+                plan_seconds=step.plan_seconds,
+                data_seconds=step.data_seconds,
+                save_seconds=save_seconds,
+                eval_loss=eval_loss,
+            )
+            save_seconds = checkpointer.after_step(train_iter + 1, stop)
+            step = next_step
+            if stop:
+                break
 
 
 def main(arguments: list[str]) -> None:
@@ -466,7 +405,7 @@ def main(arguments: list[str]) -> None:
     optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
     try:
         train(model, optimizer, lr_scheduler, device_mesh, train_config["train_iters"])
-    except FloatingPointError as error:
+    except (FloatingPointError, checkpoint.CheckpointError) as error:
         metrics.exit_with(error)
     dist.destroy_process_group()
 

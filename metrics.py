@@ -6,6 +6,7 @@ draws the loss of runs (folders that hold a metrics.jsonl) into one picture.
 """
 
 import argparse
+import faulthandler
 import functools
 import json
 import math
@@ -14,14 +15,18 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from configuration_llama import LlamaConfig
 
@@ -54,6 +59,7 @@ def exit_with(error: Exception) -> NoReturn:
     wrong on another node alone (a missing file), so the first rank there speaks too, if it is still
     there after a while.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: torchrun may end this
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if rank() != 0:
         time.sleep(10 if first_of_node else 20)  # whoever exits first ends the node's others
@@ -80,6 +86,12 @@ def describe_machine() -> dict[str, str]:
         "cuda": str(torch.version.cuda) if cuda else "none",
         "commit": commit or "unknown",
     }
+
+
+def run_config(sections: dict[str, Any], llama_config: LlamaConfig, data: str) -> dict[str, Any]:
+    """Returns what describes a run: the resolved config, the model's shape, data and machine."""
+    found = {"llama_config": asdict(llama_config), "data": data, "machine": describe_machine()}
+    return {**sections, **found}
 
 
 def attention_area(cu_seqlens: torch.Tensor, causal: bool) -> float:
@@ -123,6 +135,30 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def check_finite(
+    step: int, loss: float, grad_norm: float, loss_sum: Tensor, model: nn.Module
+) -> None:
+    """Raises FloatingPointError if loss or grad_norm is not finite, with what each rank knows.
+
+    loss_sum: this rank's own. A collective over all ranks where it raises.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    bad = [
+        name
+        for name, param in model.named_parameters()
+        if param.grad is not None and not param.grad.to_local().isfinite().all()
+    ]
+    where = f"in {len(bad)} parameters, first {bad[0]}" if bad else "nowhere"
+    state = f"loss sum {loss_sum.item():.6g}, non-finite gradients {where}"
+    states = [""] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    raise FloatingPointError(
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the "
+        f"weights were changed. " + "; ".join(f"rank {r}: {s}" for r, s in enumerate(states))
+    )
+
+
 def make_output_dir(output_dir: str) -> None:
     """Makes the folder where it is missing. Raises ValueError if it cannot be written."""
     try:
@@ -135,37 +171,43 @@ def make_output_dir(output_dir: str) -> None:
 
 
 class MetricsWriter:
-    """Logs each step, and on rank 0 writes the run's folder.
+    """Logs each step, and on rank 0 writes the run's folder. On every rank it watches the time.
 
     `config.json` is the resolved config and the machine; `metrics.jsonl` has one object a step,
-    flushed. What an earlier run left under these names is kept, with a number added.
+    written at once. A run that is resumed goes on with both, without what it had written after the
+    checkpoint. What an earlier run left under these names is kept, with a number added.
+
+    A step that is not written within `train_config.step_timeout` seconds ends the process.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        run_config: dict[str, Any],
-        llama_config: LlamaConfig,
-        tokens_per_step: int,
-        world_size: int,
-    ) -> None:
-        """tokens_per_step: trained on by all ranks together; world_size: their number."""
-        self.llama_config = llama_config
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, run_config: dict[str, Any], first_iter: int, world_size: int) -> None:
+        """run_config: of `run_config`. first_iter: the steps that were done before."""
+        data_config, train_config = run_config["data_config"], run_config["train_config"]
+        self.llama_config = LlamaConfig(**run_config["llama_config"])
+        self.tokens_per_step = data_config["batch_size"] * data_config["seqlen"]  # of all ranks
         self.world_size = world_size
-        self.train_iters = run_config["train_config"]["train_iters"]
+        self.train_iters = train_config["train_iters"]
+        self.step_timeout = train_config["step_timeout"]
+        output_dir = train_config["output_dir"]
+        self.watchdog = self._watch(first_iter + 1)
         self.file = self.tensorboard = None
         if rank() != 0:
             return
-        _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
+        if first_iter == 0:
+            _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
         with open(os.path.join(output_dir, "config.json"), "w") as file:
-            json.dump({**run_config, "llama_config": asdict(llama_config)}, file, indent=2)
-        self.file = open(os.path.join(output_dir, "metrics.jsonl"), "w")
+            json.dump(run_config, file, indent=2)
+        # Unbuffered: a line is in the file when write returns, and what is not is known.
+        self.file = open(os.path.join(output_dir, "metrics.jsonl"), "ab+", buffering=0)
+        self.unwritten = b""
+        _cut_after(self.file, first_iter)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # optional
             return
-        self.tensorboard = SummaryWriter(os.path.join(output_dir, "tensorboard"), flush_secs=10)
+        self.tensorboard = SummaryWriter(
+            os.path.join(output_dir, "tensorboard"), purge_step=first_iter + 1, flush_secs=10
+        )
 
     def write(
         self,
@@ -178,12 +220,15 @@ class MetricsWriter:
         step_seconds: float,
         plan_seconds: float,
         data_seconds: float,
+        save_seconds: float,
         eval_loss: float | None = None,
     ) -> None:
         """step: the first is 1. num_labels, area: labels that counted and (query, key) pairs of the
         attention mask, over all ranks. The seconds are this rank's. eval_loss: in nats per label,
         if there was an evaluation after the step.
         """
+        self.watchdog.cancel()
+        self.watchdog = self._watch(step + 1)
         flops = training_flops(self.llama_config, self.tokens_per_step, area)
         flops_per_gpu = flops / self.world_size / step_seconds
         peak = peak_flops()
@@ -200,21 +245,33 @@ class MetricsWriter:
             "peak_memory_gib": peak_memory_gib(),
             "plan_ms": plan_seconds * 1e3,
             "data_ms": data_seconds * 1e3,
+            "save_ms": save_seconds * 1e3,
         }
         if eval_loss is not None:
             # Beyond exp(700) a float ends, and so, long before, does the use of a perplexity.
             perplexity = math.exp(eval_loss) if eval_loss < 700 else None
             record |= {"eval_loss": eval_loss, "eval_perplexity": perplexity}
         log(format_step(record, self.train_iters))
-        if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        if self.tensorboard is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self.tensorboard.add_scalar(name, value, step)
+        try:
+            if self.file is not None:
+                self.unwritten += json.dumps(record).encode() + b"\n"
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            if self.tensorboard is not None:
+                for name, value in record.items():
+                    if name != "step" and value is not None:
+                        self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:  # a full disk: the next step tries again
+            log(f"warning: the metrics of step {step} could not be written: {error}")
+
+    def _watch(self, step: int) -> threading.Timer:
+        watchdog = threading.Timer(self.step_timeout, _give_up, [step, self.step_timeout])
+        watchdog.daemon = True
+        watchdog.start()
+        return watchdog
 
     def close(self) -> None:
+        self.watchdog.cancel()
+        self.watchdog.join()
         for sink in (self.file, self.tensorboard):
             if sink is not None:
                 sink.close()
@@ -229,13 +286,37 @@ def format_step(record: dict[str, Any], train_iters: int) -> str:
         f"tokens: {record['tokens']:,}  time: {record['step_ms']:,.0f} ms  "
         f"tps: {record['tokens_per_s']:,.0f}  tflops/gpu: {record['tflops_per_gpu']:.2f}  "
         f"mfu: {mfu}  memory: {record['peak_memory_gib']:.2f} GiB  "
-        f"plan: {record['plan_ms']:.1f} ms  data: {record['data_ms']:.1f} ms"
+        f"plan: {record['plan_ms']:.1f} ms  data: {record['data_ms']:.1f} ms  "
+        f"save: {record['save_ms']:.1f} ms"
     )
     if "eval_loss" in record:
         perplexity = record["eval_perplexity"]
         line += f"  eval_loss: {record['eval_loss']:.4f}  eval_perplexity: "
         line += "n/a" if perplexity is None else f"{perplexity:.2f}"
     return line
+
+
+def _give_up(step: int, seconds: float) -> None:
+    """Ends this process, which torchrun takes as the end of all, and shows where it hangs."""
+    print(
+        f"error: step {step} is not done after {seconds:g} s (train_config.step_timeout); rank "
+        f"{rank()} is at:",
+        file=sys.stderr,
+        flush=True,
+    )
+    faulthandler.dump_traceback()
+    os._exit(1)
+
+
+def _cut_after(file: BinaryIO, step: int) -> None:
+    """Cuts a metrics.jsonl, open to append, after the line of `step`, or before a torn line."""
+    file.seek(0)
+    end = 0
+    for line in file.readlines():
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        end += len(line)
+    file.truncate(end)
 
 
 def _keep_earlier(output_dir: str, names: list[str]) -> None:

@@ -6,8 +6,11 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash run.sh  # the first of two nodes
 #
 # Environment: GPUS_PER_NODE (default: the GPUs that are there, or 2 processes on the CPU), NNODES
-# (or WORLD_SIZE, as some schedulers set it; default 1), NODE_RANK (or RANK; default 0), MASTER_ADDR
-# (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port).
+# (or WORLD_SIZE, as some schedulers set it; default 1), NODE_RANK (or RANK, or SLURM_NODEID; default
+# 0), MASTER_ADDR (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port),
+# MAX_RESTARTS (default 0: how often torchrun starts all processes again after one of them failed).
+#
+# INT (Ctrl-C), TERM and USR1 make the run save and leave with exit code 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -15,7 +18,7 @@ counts=$(python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_co
 read -r gpus cores <<<"$counts"
 processes=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
 nodes=${NNODES:-${WORLD_SIZE:-1}}
-node_rank=${NODE_RANK:-${RANK:-0}}
+node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:-0}}}
 
 if ((gpus > 0)); then
   # As many hardware queues as MagiAttention wants to overlap communication with computation.
@@ -25,7 +28,7 @@ else
   set -- model_config.preset=tiny data_config.seqlen=512 data_config.batch_size=4 \
     train_config.train_iters=150 train_config.dtype=float32 \
     train_config.activation_checkpointing=none train_config.compile=false \
-    train_config.output_dir=runs/tiny \
+    train_config.output_dir=runs/tiny train_config.checkpoint_interval=50 \
     train_config.optimizer_config.learning_rate=2e-3 \
     train_config.optimizer_config.warmup_iters=10 \
     parallel_config.context_parallel_size="$processes" "$@"
@@ -38,4 +41,25 @@ else
   rendezvous=(--nnodes "$nodes" --node-rank "$node_rank"
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-16989}")
 fi
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$processes" main.py "$@"
+
+# torchrun answers a signal by ending its workers, within 30 seconds, and then fails itself. So these
+# three go past it to the workers, which save and leave; torchrun ends when they have, with 0.
+(
+  trap '' INT TERM USR1
+  exec torchrun "${rendezvous[@]}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}" \
+    --signals-to-handle SIGHUP,SIGQUIT main.py "$@"
+) &
+launcher=$!
+forward() {
+  # shellcheck disable=SC2046  # one word for each worker
+  kill -s "$1" $(pgrep -P "$launcher" || cat "/proc/$launcher/task/$launcher/children") || true
+}
+for signal in INT TERM USR1; do
+  # shellcheck disable=SC2064  # the signal's name now, not later
+  trap "forward $signal" "$signal"
+done
+code=0
+while kill -0 "$launcher" 2>/dev/null; do # a signal interrupts `wait`
+  wait "$launcher" && code=0 || code=$?
+done
+exit "$code"

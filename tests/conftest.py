@@ -47,7 +47,7 @@ def cp_group():
 def environment(**extra: str) -> dict[str, str]:
     """A clean environment for a child process: one thread, no GPU, nothing of an outer launcher."""
     launcher = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT"
-    launcher += " NNODES NODE_RANK GPUS_PER_NODE"
+    launcher += " NNODES NODE_RANK GPUS_PER_NODE MAX_RESTARTS SLURM_NODEID"
     inherited = {name: value for name, value in os.environ.items() if name not in launcher.split()}
     path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
     imports = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"

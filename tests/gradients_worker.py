@@ -63,20 +63,20 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
 
     stream = torch.cuda.Stream() if torch.cuda.is_available() else None
     main.prepare_data = with_ignored_rows
-    prepared, num_labels, area, _ = main.prepare_step(mesh, model.config, 1, stream)
+    step = main.prepare_step(mesh, model.config, 1, stream=stream)
     main.prepare_data = prepare_data
-    loss_sum = main.forward_backward(model, prepared, num_labels, mesh)
+    loss_sum = main.forward_backward(model, step, mesh)
     dist.all_reduce(loss_sum)
     grad_norm = clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
     evaluates = main.data_config["validation_source"]
     eval_loss = main.evaluate(model, mesh) if evaluates else None
     assert all(isinstance(p, DTensor) for p in model.parameters()), "sharded, as before"
     return {
-        "loss": (loss_sum / num_labels).item(),
+        "loss": (loss_sum / step.num_labels).item(),
         "grad_norm": grad_norm.item(),
         "eval_loss": eval_loss,
-        "num_labels": num_labels,
-        "area": area,
+        "num_labels": step.num_labels,
+        "area": step.area,
         "whole_parameters": whole.most,
         "local_parameters": sum(p.to_local().numel() for p in model.parameters()),
         "weights": {n: p.detach().full_tensor() for n, p in model.named_parameters()},

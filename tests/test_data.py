@@ -220,8 +220,8 @@ def numbers(tmp_path):
 
 def batches(monkeypatch, dp: int, accumulation: int, steps: int, **keys) -> np.ndarray:
     """The tokens that all dp ranks get in some steps, by main.prepare_data."""
-    config = {**main.data_config, "seqlen": 64, "batch_size": 4, **keys}
-    monkeypatch.setattr(main, "data_config", config)
+    for key, value in {"seqlen": 64, "batch_size": 4, **keys}.items():
+        monkeypatch.setitem(main.data_config, key, value)
     monkeypatch.setitem(main.train_config, "gradient_accumulation_steps", accumulation)
     monkeypatch.setitem(main.model_config, "overrides", {"vocab_size": 1000})
     found = []

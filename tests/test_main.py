@@ -13,6 +13,7 @@ import main
 from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
 from modeling_llama import LlamaForCausalLM
+from weights import init_weights
 
 SEQLEN, BATCH_SIZE = 101, 4  # an odd length: chunks and cp ranks do not divide it, so it is padded
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (dp, cp)
@@ -214,17 +215,17 @@ def test_weights_do_not_depend_on_the_layout(results):
     for (dp, cp, accumulation, tied, *_), result in results.items():
         config = LlamaConfig.from_preset("tiny", shape(tied))
         plain = LlamaForCausalLM(config)
-        main.init_weights(plain, 0.1, seed=42)
+        init_weights(plain, 0.1, seed=42)
         for name, weight in plain.named_parameters():
             assert torch.equal(weight, result["weights"][name]), (dp, cp, accumulation, name)
     another = LlamaForCausalLM(config)
-    main.init_weights(another, 0.1, seed=43)
+    init_weights(another, 0.1, seed=43)
     assert not torch.equal(another.lm_head.weight, plain.lm_head.weight)
 
 
 def test_initial_weights_are_those_of_the_config():
     model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {}))
-    main.init_weights(model, 0.02, seed=1)
+    init_weights(model, 0.02, seed=1)
     matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
     for name, weight in matrices.items():
         assert weight.std().item() == pytest.approx(0.02, rel=0.02), name
@@ -275,7 +276,7 @@ def test_training_steps_like_the_formulas(folder, tmp_path):
     )
     config = LlamaConfig.from_preset("tiny", shape())
     model = LlamaForCausalLM(config)
-    main.init_weights(model, config.initializer_range, seed=42)
+    init_weights(model, config.initializer_range, seed=42)
     weights = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
     first_moment = {n: torch.zeros_like(w) for n, w in weights.items()}
     second_moment = {n: torch.zeros_like(w) for n, w in weights.items()}
@@ -320,8 +321,7 @@ def test_fsdp_wraps_each_layer_and_keeps_gradients_in_float32(config, cp_group, 
     model.model.layers[0].register_forward_hook(
         lambda layer, inputs, output: seen.extend(x.dtype for x in (*inputs[:3], output))
     )
-    prepared, num_labels, _, _ = main.prepare_step(mesh, model.config, 0, None)
-    main.forward_backward(model, prepared, num_labels, mesh)
+    main.forward_backward(model, main.prepare_step(mesh, model.config, 0), mesh)
     assert seen == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
     for name, param in model.named_parameters():
         assert param.dtype == param.grad.dtype == torch.float32, name

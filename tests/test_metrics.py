@@ -1,6 +1,7 @@
 """FLOPs against torch's own counter, and what a run writes."""
 
 import json
+from types import MappingProxyType
 
 import pytest
 import reference
@@ -8,7 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_llama import PRESETS
-from metrics import MetricsWriter, attention_area, peak_flops, plot, training_flops
+from metrics import (
+    MetricsWriter,
+    attention_area,
+    peak_flops,
+    plot,
+    run_config,
+    training_flops,
+)
 from modeling_llama import LlamaForCausalLM
 
 STEP = dict(
@@ -20,10 +28,11 @@ STEP = dict(
     step_seconds=0.5,
     plan_seconds=0.001,
     data_seconds=0.002,
+    save_seconds=0.003,
 )
 KEYS = (
     "step loss grad_norm lr tokens step_ms tokens_per_s tflops_per_gpu mfu peak_memory_gib plan_ms "
-    "data_ms"
+    "data_ms save_ms"
 ).split()
 
 
@@ -43,11 +52,18 @@ def test_flops_are_those_of_the_matrix_products(is_causal):
     assert attention_area(cu_seqlens, is_causal) == (full_area / 2 if is_causal else full_area)
 
 
-def write_run(output_dir, steps):
-    config = {"train_config": {"train_iters": steps}}
-    writer = MetricsWriter(str(output_dir), config, PRESETS["tiny"], 4096, world_size=2)
-    for step in range(1, steps + 1):
-        writer.write(step=step, **STEP)
+def write_run(output_dir, steps, first_iter=0, loss=2.5, eval_losses=MappingProxyType({})):
+    config = {
+        "data_config": {"batch_size": 4, "seqlen": 1024},
+        "train_config": {
+            "train_iters": steps,
+            "step_timeout": 60.0,
+            "output_dir": str(output_dir),
+        },
+    }
+    writer = MetricsWriter(run_config(config, PRESETS["tiny"], "text"), first_iter, world_size=2)
+    for step in range(first_iter + 1, steps + 1):
+        writer.write(step=step, **{**STEP, "loss": loss}, eval_loss=eval_losses.get(step))
     writer.close()
 
 
@@ -67,21 +83,24 @@ def test_the_log_line_has_a_fixed_order_and_units(tmp_path, capsys):
     names = [field.split(": ")[0] for field in line.split("  ")]
     assert names == (
         ["step", "loss", "grad_norm", "lr", "tokens", "time", "tps", "tflops/gpu", "mfu"]
-        + ["memory", "plan", "data"]
+        + ["memory", "plan", "data", "save"]
     )
     assert line.startswith(
         "step: 1/1  loss: 2.5000  grad_norm: 1.2500  lr: 3.00e-04  tokens: 4,090"
     )
-    for part in ("time: 500 ms", "tps: 8,192", "GiB", "plan: 1.0 ms", "data: 2.0 ms"):
+    for part in (
+        "time: 500 ms",
+        "tps: 8,192",
+        "GiB",
+        "plan: 1.0 ms",
+        "data: 2.0 ms",
+        "save: 3.0 ms",
+    ):
         assert part in line
 
 
 def test_an_evaluation_stands_in_its_step(tmp_path, capsys):
-    config = {"train_config": {"train_iters": 3}}
-    writer = MetricsWriter(str(tmp_path), config, PRESETS["tiny"], 4096, world_size=2)
-    for step, eval_loss in ((1, None), (2, 2.0), (3, 1e4)):
-        writer.write(step=step, **STEP, eval_loss=eval_loss)
-    writer.close()
+    write_run(tmp_path, 3, eval_losses={2: 2.0, 3: 1e4})
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [list(record) for record in records[:2]] == [
         KEYS,
@@ -126,6 +145,29 @@ def test_tensorboard_gets_every_figure(tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 2.5)]
     assert set(events.Tags()["scalars"]) == set(KEYS) - {"step", "mfu"}  # no mfu on a CPU
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', "\0\0"])
+def test_a_resumed_run_goes_on_after_its_checkpoint(torn, tmp_path, monkeypatch):
+    """Steps 2 and 3 were logged but not saved, and the last line may be torn."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+
+    # Files of one second and one process, as no two runs have, are read in the order of a number
+    # that counts on through the tests, and as text 10 comes before 9.
+    counter = event_file_writer.AtomicCounter(0)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
+    write_run(tmp_path, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    write_run(tmp_path, 5, first_iter=1, loss=1.5)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    steps = [(1, 2.5), (2, 1.5), (3, 1.5), (4, 1.5), (5, 1.5)]
+    assert [(record["step"], record["loss"]) for record in records] == steps
+    assert json.loads((tmp_path / "config.json").read_text())["train_config"]["train_iters"] == 5
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == steps
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ SHORT = [
     "data_config.batch_size=4",
     "train_config.train_iters=3",
     "train_config.dtype=float32",
+    "train_config.compile=false",
     "train_config.optimizer_config.learning_rate=1e-2",
     "train_config.optimizer_config.warmup_iters=1",
 ]
@@ -47,7 +48,8 @@ def test_a_run_describes_itself_and_learns(one_process):
     lines = stdout.splitlines()
     starts = [line.split(":")[0] for line in lines]
     assert starts == (
-        "one process,machine,mesh,attention,data,config,model,parameters,step,step,step".split(",")
+        ["one process", "machine", "mesh", "attention", "data", "config", "model", "parameters"]
+        + ["step", "step", "step", "saved"]
     )
     assert "python " in lines[1] and "torch " in lines[1] and "CPU" in lines[1]
     assert lines[2] == "mesh: dp 1 x cp 1, 1 processes"

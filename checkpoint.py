@@ -1,0 +1,388 @@
+"""Checkpoints: save, and resume on any layout.
+
+    python checkpoint.py inspect RUN_OR_STEP            # is it whole? its step, sizes and config
+    python checkpoint.py export RUN_OR_STEP OUT_DIR     # a folder for transformers' from_pretrained
+
+RUN_OR_STEP is a run's output_dir, for its newest checkpoint, or one `step-00000100` in it.
+checkpoint_format.py has what such a folder consists of, and how it is written.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.lr_scheduler import LambdaLR
+
+import weights
+from checkpoint_format import (
+    CheckpointError,
+    Reader,
+    Writer,
+    checkpoints,
+    damage,
+    read_manifest,
+    remove_leftovers,
+)
+from configuration_llama import LlamaConfig
+
+# What a run may not change when it goes on: it would not be the same run. All else may differ.
+FIXED = ("data", "llama_config.", "train_config.seed")
+
+
+def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Returns the store through which the ranks find each other, this rank and the world size.
+
+    torchrun keeps its store when it starts the processes of a node again, and these would take the
+    addresses that are left there for each other's. So each start on one node has keys of its own.
+    (Over several nodes the counts of restarts differ; there a scheduler has to start all again.)
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return dist.HashStore(), 0, 1
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"start {restarts()}", store)
+    return store, rank, world_size
+
+
+def restarts() -> int:
+    """Returns how often torchrun has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def find(config: dict[str, Any]) -> list[str]:
+    """Returns the checkpoints from which a run may go on, the best first; none to start anew.
+
+    config: the run's; `train_config.resume` says what is asked for. A restart by torchrun goes on
+    from what the run itself has saved, whatever was asked for at its start.
+    Raises CheckpointError where that would lose or mix up what is there.
+    """
+    resume, output_dir = config["train_config"]["resume"], config["train_config"]["output_dir"]
+    own = checkpoints(output_dir)
+    if resume == "auto" or (restarts() and own):
+        return own
+    if resume == "never":
+        if not restarts() and (own or os.path.exists(os.path.join(output_dir, "metrics.jsonl"))):
+            raise CheckpointError(
+                f"train_config.resume='never', but train_config.output_dir={output_dir!r} holds a "
+                f"run; give another output_dir, remove this one, or go on with resume='auto'"
+            )
+        return []
+    found = checkpoints(resume)
+    if not found:
+        raise CheckpointError(
+            f"train_config.resume={resume!r} holds no checkpoint; it must be 'auto', 'never', the "
+            f"output_dir of a run, or one step-... folder in it"
+        )
+    if own and os.path.basename(own[0]) > os.path.basename(found[0]):
+        raise CheckpointError(
+            f"train_config.resume={resume!r} is older than {own[0]} in train_config.output_dir; "
+            f"give another output_dir, or go on from the newest with resume='auto'"
+        )
+    return found
+
+
+def check_resume(config: dict[str, Any]) -> None:
+    """Raises CheckpointError if a run of this config cannot go on from what is there.
+
+    It reads manifests alone.
+    """
+    for path in find(config):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError:
+            continue  # `Checkpointer.resume` says so
+        _changes(path, manifest, config)
+        return
+
+
+def _changes(path: str, manifest: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Returns a line for each key whose value is not the checkpoint's. Raises CheckpointError for
+    one that may not change. Keys that only one of the two has are of another version: left out.
+    """
+    lines = []
+    for key, saved, asked in _differences(manifest["config"], json.loads(json.dumps(config))):
+        if key.startswith(FIXED):
+            raise CheckpointError(
+                f"{key}={asked!r}, but {path} was trained with {saved!r}, and a run may not change "
+                f"that; set it back, or give another train_config.output_dir"
+            )
+        lines.append(f"resume: {key} {saved!r} -> {asked!r}")
+    if manifest["step"] > config["train_config"]["train_iters"]:
+        raise CheckpointError(
+            f"train_config.train_iters={config['train_config']['train_iters']}, but {path} is "
+            f"beyond it; give more steps, or another train_config.output_dir"
+        )
+    return lines
+
+
+def _differences(saved: dict, asked: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in [key for key in saved if key in asked and saved[key] != asked[key]]:
+        if isinstance(saved[key], dict) and isinstance(asked[key], dict):
+            yield from _differences(saved[key], asked[key], f"{prefix}{key}.")
+        else:
+            yield prefix + key, saved[key], asked[key]
+
+
+# ---------------------------------------------------------------------------------------------
+# A run's checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Saves a run while it trains, takes it up again, and hears the signals that ask it to leave.
+
+    SIGTERM and SIGUSR1, which schedulers send, and SIGINT set `stopping`. The ranks agree on it in
+    the training loop, and `after_step` then saves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LambdaLR,
+        config: dict[str, Any],
+        log: Callable[[str], None],
+    ) -> None:
+        """config: the resolved sections, `llama_config` and `machine`. log: prints on rank 0 alone.
+        A collective over all ranks, like all methods.
+        """
+        self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
+        self.config, self.log = config, log
+        self.train_config = config["train_config"]
+        self.writer = Writer(self.train_config["keep_last"])
+        # A group of its own: DCP's thread talks on it while the training talks on the others. Gloo,
+        # since what it talks about is on the CPU.
+        self.group = dist.new_group(backend="gloo")
+        self.saving = None  # the future of the save under way
+        self.failure = ""  # of the last save
+        self.signals = signals = []  # received; the handler must not keep all of this alive
+
+        def on_signal(number: int, frame: object) -> None:
+            signals.append(number)
+            if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, on_signal)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this rank wants the run to save and leave after this step."""
+        return bool(self.signals) or self.failed_for_good
+
+    @property
+    def failed_for_good(self) -> bool:
+        return bool(self.failure) and self.train_config["on_checkpoint_failure"] == "stop"
+
+    def resume(self) -> int:
+        """Goes on from the newest whole checkpoint that `find` gives; returns its step, 0 if none.
+
+        Raises CheckpointError if all that are there are damaged, or none fits the config.
+        """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        found = [None]
+        if rank == 0:
+            remove_leftovers(self.train_config["output_dir"])
+            found = [find(self.config)]
+        dist.broadcast_object_list(found, group=self.group)
+        problems = [""] * world_size
+        for path in found[0]:
+            dist.all_gather_object(problems, damage(path, rank, world_size), group=self.group)
+            if any(problems):
+                self.log(f"warning: {path} is damaged and skipped: {max(problems)}")
+                continue
+            manifest = read_manifest(path)
+            for line in _changes(path, manifest, self.config):
+                self.log(line)
+            self._load(path, manifest)
+            step, train_iters = manifest["step"], self.train_config["train_iters"]
+            done = "; all its steps are done" if step == train_iters else ""
+            self.log(f"resume: {path}, step {step} of {train_iters}{done}")
+            return step
+        if found[0]:
+            raise CheckpointError(
+                f"all checkpoints in {os.path.dirname(found[0][0])} are damaged; to begin again, "
+                f"give another train_config.output_dir"
+            )
+        return 0
+
+    def after_step(self, step: int, stop: bool) -> float:
+        """Saves where a checkpoint is due; returns the seconds that training stood still for it.
+
+        step: the first is 1. stop: whether a rank was `stopping`, the same on all ranks. Then, and
+        after the last step, it waits until the checkpoint stands. Raises CheckpointError if it
+        does not, or if a save failed and `on_checkpoint_failure` is "stop".
+        """
+        start = time.perf_counter()
+        if self.saving is not None and self.saving.done():
+            self._settle()
+        last = stop or step == self.train_config["train_iters"]
+        interval = self.train_config["checkpoint_interval"]
+        if not last and (interval == 0 or step % interval):
+            return 0.0
+        self._settle()
+        if self.failed_for_good:
+            raise CheckpointError(self.failure)
+        self.writer.manifest = {
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "config": self.config,
+        }
+        self.saving = dcp.async_save(
+            self._state(dist.get_rank()),
+            checkpoint_id=os.path.join(self.train_config["output_dir"], f"step-{step:08}.tmp"),
+            storage_writer=self.writer,
+            process_group=self.group,
+        )
+        if last:
+            self._settle()
+            if self.failure:
+                raise CheckpointError(self.failure)
+            if stop:
+                self.log(f"asked to stop: left after step {step}; the same command goes on")
+        return time.perf_counter() - start
+
+    def _settle(self) -> None:
+        """Waits for the save under way, if there is one, and says how it ended."""
+        if self.saving is None:
+            return
+        error, self.saving = self.saving.exception(), None
+        temporary = os.fspath(self.writer.path)
+        if error is None:
+            self.failure = ""
+            self.log(f"saved: {temporary.removesuffix('.tmp')}")
+            return
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        failures = getattr(error, "failures", {})  # of DCP: {rank: (exception, traceback)}
+        reasons = [f"rank {rank}: {failure!r}" for rank, (failure, _) in failures.items()]
+        self.failure = (
+            f"the checkpoint {temporary.removesuffix('.tmp')} could not be written, the one before "
+            f"it stands: {'; '.join(reasons) or repr(error)}"
+        )
+        self.log(f"warning: {self.failure}")
+
+    def _state(self, rng_rank: int) -> dict[str, dict]:
+        """Returns all tensors of the run; those of model and optimizer are the run's own.
+
+        The weights come from seeds and nothing else draws, but what a reader may add will: each
+        rank's generators are saved, and a rank that the saving run had not takes rank % world size.
+        """
+        rng = {f"cpu.{rng_rank}": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng[f"cuda.{rng_rank}"] = torch.cuda.get_rng_state()
+        return {
+            "model": weights.model_state(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer)["state"],
+            "rng": rng,
+        }
+
+    def _load(self, path: str, manifest: dict[str, Any]) -> None:
+        state = self._state(dist.get_rank() % manifest["world_size"])
+        reader = Reader(path)
+        saved = reader.read_metadata().state_dict_metadata
+        state["rng"] = {name: x for name, x in state["rng"].items() if f"rng.{name}" in saved}
+        dcp.load(state, storage_reader=reader, process_group=self.group)  # in place
+        # Learning rate, decay and the like are this config's; the schedule's position is the run's.
+        groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+        set_optimizer_state_dict(
+            self.model, self.optimizer, {"state": state["optimizer"], "param_groups": groups}
+        )
+        schedule = manifest["lr_scheduler"]
+        schedule |= {"base_lrs": self.lr_scheduler.base_lrs, "last_epoch": manifest["step"] - 1}
+        self.lr_scheduler.load_state_dict(schedule)
+        self.lr_scheduler.step()
+        for name, generator_state in state["rng"].items():
+            cuda = name.startswith("cuda")
+            (torch.cuda.set_rng_state if cuda else torch.set_rng_state)(generator_state)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+
+def newest_whole(path: str) -> str:
+    """Returns the newest checkpoint at `path` that is whole; warns of those that are not."""
+    for checkpoint in checkpoints(path):
+        problem = damage(checkpoint)
+        if not problem:
+            return checkpoint
+        print(f"warning: {checkpoint} is damaged and skipped: {problem}", file=sys.stderr)
+    raise CheckpointError(f"{path!r} holds no whole checkpoint")
+
+
+def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
+    """Writes the weights of a checkpoint as a Hugging Face folder."""
+    path = newest_whole(path)
+    config = read_manifest(path)["config"]
+    saved = Reader(path).read_metadata().state_dict_metadata
+    sizes = {k.partition(".")[2]: x.size for k, x in saved.items() if k.startswith("model.")}
+
+    def fill(weights: dict[str, torch.Tensor]) -> None:
+        dcp.load({"model": weights}, storage_reader=Reader(path), no_dist=True)
+
+    files = weights.write_folder(
+        out_dir,
+        LlamaConfig(**config["llama_config"]),
+        sizes,
+        fill,
+        getattr(torch, dtype),
+        int(max_shard_gib * 2**30),
+    )
+    print(f"{path} -> {out_dir}: {len(sizes)} tensors in {dtype}, {files} files")
+
+
+def inspect(path: str) -> None:
+    """Prints a checkpoint's step, versions, sizes and config, after reading all of it."""
+    path = newest_whole(path)
+    manifest = read_manifest(path)
+    saved = Reader(path).read_metadata().state_dict_metadata
+    print(
+        f"{path}: whole\nstep: {manifest['step']}\nwritten by: {manifest['world_size']} processes"
+    )
+    for part in ("model", "optimizer", "rng"):
+        tensors = [x for name, x in saved.items() if name.startswith(f"{part}.")]
+        size = sum(x.size.numel() * x.properties.dtype.itemsize for x in tensors)
+        print(f"{part}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+    files = manifest["files"].values()
+    print(f"on disk: {len(files)} files, {sum(size for size, _ in files) / 1e6:,.1f} MB")
+    print(json.dumps(manifest["config"], indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("inspect").add_argument("path", metavar="RUN_OR_STEP")
+    exporting = commands.add_parser("export")
+    exporting.add_argument("path", metavar="RUN_OR_STEP")
+    exporting.add_argument("out_dir", metavar="OUT_DIR")
+    exporting.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    exporting.add_argument("--max-shard-gib", type=float, default=5.0)
+    options = vars(parser.parse_args())
+    try:
+        {"inspect": inspect, "export": export}[options.pop("command")](**options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

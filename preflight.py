@@ -1,0 +1,81 @@
+"""What comes before a run: its config, backend and data, and whatever is wrong with them."""
+
+import json
+import os
+from dataclasses import asdict
+
+import torch
+
+import checkpoint
+import context_parallel
+import llama_pretrain_config
+import metrics
+import weights
+from configuration_llama import LlamaConfig
+from data import RandomSource, TokenSource, open_source
+from llama_pretrain_config import data_config, model_config, parallel_config, train_config
+from metrics import log
+from modeling_llama import LlamaForCausalLM
+
+
+def build_llama_config() -> LlamaConfig:
+    """Returns the model's shape: that of `init_from`, or the preset, with the overrides."""
+    if model_config["init_from"]:
+        return weights.read_config(model_config["init_from"], model_config["overrides"])
+    return LlamaConfig.from_preset(model_config["preset"], model_config["overrides"])
+
+
+def open_token_source(split: str) -> TokenSource | RandomSource:
+    """Returns the opened "train" or "validation" split; the first call reads it."""
+    num_batches = train_config["eval_iters"] if split == "validation" else 1
+    return open_source(split, build_llama_config().vocab_size, num_batches, **data_config)
+
+
+def run_config() -> dict:
+    """Returns what describes the run: what `config.json` and the checkpoints say of it."""
+    data, sections = open_token_source("train").description, llama_pretrain_config.sections()
+    return metrics.run_config(sections, build_llama_config(), data)
+
+
+def set_up(arguments: list[str]) -> None:
+    """Resolves the config, chooses the backend, opens the data, and logs what will run.
+
+    All that can be wrong with what a person asked for comes to light here, as a ValueError of one
+    sentence, before any process group exists.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        # No torchrun: RANK and WORLD_SIZE, if they are set, are a scheduler's and count nodes.
+        os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
+    world_size = int(os.environ["WORLD_SIZE"])
+    notes = llama_pretrain_config.resolve(arguments, world_size)
+    on_gpu = torch.cuda.is_available()
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if on_gpu and processes > gpus:
+        raise ValueError(f"{processes} processes on a node with {gpus} GPUs; start at most {gpus}")
+    config = build_llama_config()
+    backend, reason = context_parallel.select_backend(
+        parallel_config["context_parallel_backend"],
+        config.head_dim,
+        train_config["dtype"],
+        "cuda" if on_gpu else "cpu",
+    )
+    parallel_config["context_parallel_backend"] = backend
+    sources = {"data": open_token_source("train")}
+    if train_config["eval_interval"]:
+        sources["validation"] = open_token_source("validation")
+    if model_config["init_from"]:
+        with torch.device("meta"):
+            weights.check_weights(LlamaForCausalLM(config), model_config["init_from"])
+    metrics.make_output_dir(train_config["output_dir"])
+    checkpoint.check_resume(run_config())
+
+    for line in notes:
+        log(line)
+    log(f"machine: {', '.join(f'{k} {v}' for k, v in metrics.describe_machine().items())}")
+    cp_size = parallel_config["context_parallel_size"]
+    log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
+    log(f"attention: {backend} ({reason})")
+    for name, source in sources.items():
+        log(f"{name}: {source.description}")
+    log(f"config: {json.dumps(llama_pretrain_config.sections())}")
+    log(f"model: {json.dumps(asdict(config))}")

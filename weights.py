@@ -1,0 +1,134 @@
+"""Weights: from a seed, or from and to a Hugging Face folder, `config.json` and `*.safetensors`."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from configuration_llama import LlamaConfig
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, initializer_range: float, seed: int) -> None:
+    """Fills the parameters: norms with 1, matrices from N(0, initializer_range^2).
+
+    Every rank draws each full matrix from a seed of its own and keeps its shard of it. So the
+    weights do not depend on the layout, and never more than one full matrix is in memory.
+    """
+    for index, param in enumerate(model.parameters()):
+        if param.ndim == 1:
+            param.fill_(1.0)
+            continue
+        generator = torch.Generator(param.device).manual_seed(seed * 1_000_003 + index)
+        full = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+        full.normal_(0.0, initializer_range, generator=generator)
+        if isinstance(param, DTensor):  # src_data_rank=None: cut out of this rank's own copy
+            full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+        param.copy_(full)
+
+
+def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the model's own tensors by Hugging Face's names.
+
+    A tied head is left out, as Hugging Face does: it is the embedding once more.
+    """
+    state = get_model_state_dict(model)
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return state
+
+
+def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
+    """Returns the model's shape that the folder describes, with `overrides` put in its place.
+
+    Raises ValueError where the folder describes none, and for overrides that make none.
+    """
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            config = LlamaConfig.from_hf(json.load(file))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_config.init_from={folder!r}: {error}") from None
+    return config.override(overrides)
+
+
+def check_weights(model: nn.Module, folder: str) -> None:
+    """Raises ValueError if the folder's tensors are not those of the model. It reads no weights."""
+    metadata = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    found = {name: tensor.size for name, tensor in metadata.items()}
+    wanted = {name: tensor.size() for name, tensor in model_state(model).items()}
+    if model.config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    for name in sorted(found.keys() | wanted.keys()):
+        if name.endswith("rotary_emb.inv_freq"):  # stored by old versions, not a weight
+            continue
+        shapes = [list(shape[name]) if name in shape else "none" for shape in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"model_config.init_from={folder!r}: the shape of {name} in its *.safetensors is "
+                f"{shapes[0]}, in the model {shapes[1]}"
+            )
+
+
+def load_weights(model: nn.Module, folder: str) -> None:
+    """Fills a sharded model from the folder, whatever the dtype there.
+
+    Each rank reads of each tensor the rows that it keeps. A collective over all ranks.
+    """
+    dcp.load(model_state(model), storage_reader=HuggingFaceStorageReader(folder))
+
+
+def write_folder(
+    folder: str,
+    config: LlamaConfig,
+    sizes: dict[str, torch.Size],
+    fill: Callable[[dict[str, torch.Tensor]], None],
+    dtype: torch.dtype,
+    max_file_bytes: int,
+) -> int:
+    """Writes a folder that transformers' `from_pretrained` reads; returns the number of its files.
+
+    sizes: of the weights, by name. fill: writes weights into the empty tensors that it is given. It
+    is called once per file, so that no more than max_file_bytes (or one tensor) is in memory.
+    Raises ValueError if the folder exists; it appears whole or not at all.
+    """
+    if os.path.exists(folder):
+        raise ValueError(f"{folder!r} exists; give the name of a new folder")
+    groups, room = [], 0
+    for name, size in sizes.items():
+        num_bytes = size.numel() * dtype.itemsize
+        if num_bytes > room:
+            groups.append([])
+            room = max_file_bytes
+        groups[-1].append(name)
+        room -= num_bytes
+
+    temporary = f"{os.path.normpath(folder)}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    weight_map = {}
+    for number, names in enumerate(groups, start=1):
+        weights = {name: torch.empty(sizes[name], dtype=dtype) for name in names}
+        fill(weights)
+        part = f"-{number:05}-of-{len(groups):05}" if len(groups) > 1 else ""
+        file = f"model{part}.safetensors"
+        save_file(weights, os.path.join(temporary, file), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        total_size = sum(size.numel() for size in sizes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        with open(os.path.join(temporary, "model.safetensors.index.json"), "w") as file:
+            json.dump(index, file, indent=2)
+    hf_config = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+    with open(os.path.join(temporary, "config.json"), "w") as file:
+        json.dump(hf_config, file, indent=2)
+    os.rename(temporary, folder)
+    return len(groups)
