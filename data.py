@@ -172,7 +172,12 @@ class RandomSource:
 
     vocab_size: int
     seed: int
-    description: str = "random tokens and labels, one document per row"
+    document_length: int  # tokens; 0: a row is one document
+
+    @property
+    def description(self) -> str:
+        length = f"of {self.document_length:,} tokens" if self.document_length else "of a whole row"
+        return f"random tokens and labels, documents {length}"
 
     def rows(self, first_row: int, num_rows: int, seqlen: int) -> Rows:
         """Returns the rows first_row to first_row + num_rows - 1 of the run."""
@@ -181,7 +186,9 @@ class RandomSource:
             rng = np.random.default_rng([self.seed, first_row + row])
             tokens[row] = rng.integers(self.vocab_size, size=seqlen)
             labels[row] = rng.integers(self.vocab_size, size=seqlen)
-        return Rows(tokens, labels, [seqlen] * num_rows)
+        length = min(self.document_length or seqlen, seqlen)
+        rest = [seqlen % length] if seqlen % length else []
+        return Rows(tokens, labels, ([length] * (seqlen // length) + rest) * num_rows)
 
 
 @functools.lru_cache(maxsize=2)
@@ -191,6 +198,7 @@ def open_source(
     num_batches: int,
     *,
     source: str,
+    random_document_length: int,
     skip_undecodable: bool,
     end_of_text_id: int,
     validation_fraction: float,
@@ -214,7 +222,7 @@ def open_source(
     if name == "random":
         if validation_fraction or key != "data_config.source":
             raise ValueError(f"{key}='random' has no documents that could be held out; name a text")
-        return RandomSource(vocab_size, seed)
+        return RandomSource(vocab_size, seed, random_document_length)
     corpus = open_corpus(key, name, skip_undecodable, end_of_text_id)
     if corpus.vocab_size > vocab_size:
         raise ValueError(

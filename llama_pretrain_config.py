@@ -16,6 +16,7 @@ from typing import Any
 
 data_config = dict(
     source="python-stdlib",  # that, `random`, a folder of `data.py prepare`, or text or .bin files
+    random_document_length=0,  # of `random`: tokens per document; 0: a row is one
     skip_undecodable=False,  # skip files that are not UTF-8, else stop; python-stdlib always skips
     end_of_text_id=50256,  # ends a document in .bin files: GPT-2's, or 128000 in llm.c's Llama 3
     validation_fraction=0.0,  # of the documents, held out of training to evaluate on
@@ -46,6 +47,7 @@ train_config = dict(
     keep_last=2,  # newest checkpoints that are kept; 0: all
     on_checkpoint_failure="continue",  # after a save that failed (a full disk), or `stop`
     step_timeout=1800.0,  # seconds after which a step that hangs ends the run
+    profile_steps=(),  # first and last step of a trace for Perfetto, such as (5, 8); (): none
     optimizer_config=dict(
         learning_rate=3e-4,  # at the end of the warm-up
         min_learning_rate_ratio=0.1,  # of learning_rate, where the cosine decay ends
@@ -71,6 +73,10 @@ RULES = {
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
     "from 0 to 2^32 - 1": lambda value: 0 <= value < 2**32,
+    "() or the first and the last step, from 2 on": lambda value: (
+        value == ()
+        or (len(value) == 2 and all(type(v) is int for v in value) and 2 <= value[0] <= value[1])
+    ),
     "two numbers from 0 to below 1": lambda value: (
         len(value) == 2 and all(type(v) in (int, float) and 0 <= v < 1 for v in value)
     ),
@@ -78,6 +84,7 @@ RULES = {
 # The type of every key, and what its value must be: a rule from above, or its choices.
 SCHEMA = {
     "data_config.source": (str, None),
+    "data_config.random_document_length": (int, "at least 0"),
     "data_config.skip_undecodable": (bool, None),
     "data_config.end_of_text_id": (int, "at least 0"),
     "data_config.validation_fraction": (float, "from 0 to below 1"),
@@ -102,6 +109,7 @@ SCHEMA = {
     "train_config.keep_last": (int, "at least 0"),
     "train_config.on_checkpoint_failure": (str, ("continue", "stop")),
     "train_config.step_timeout": (float, "above 0"),
+    "train_config.profile_steps": (tuple, "() or the first and the last step, from 2 on"),
     "train_config.optimizer_config.learning_rate": (float, "at least 0"),
     "train_config.optimizer_config.min_learning_rate_ratio": (float, "from 0 to 1"),
     "train_config.optimizer_config.warmup_iters": (int, "at least 0"),

@@ -190,11 +190,12 @@ class MetricsWriter:
         self.step_timeout = train_config["step_timeout"]
         output_dir = train_config["output_dir"]
         self.watchdog = self._watch(first_iter + 1)
-        self.file = self.tensorboard = None
+        self.file = self.tensorboard = self.profiler = None
         if rank() != 0:
             return
         if first_iter == 0:
             _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
+        self.profiler = _profiler(train_config["profile_steps"], first_iter, output_dir)
         with open(os.path.join(output_dir, "config.json"), "w") as file:
             json.dump(run_config, file, indent=2)
         # Unbuffered: a line is in the file when write returns, and what is not is known.
@@ -262,6 +263,8 @@ class MetricsWriter:
                         self.tensorboard.add_scalar(name, value, step)
         except OSError as error:  # a full disk: the next step tries again
             log(f"warning: the metrics of step {step} could not be written: {error}")
+        if self.profiler is not None:
+            self.profiler.step()
 
     def _watch(self, step: int) -> threading.Timer:
         watchdog = threading.Timer(self.step_timeout, _give_up, [step, self.step_timeout])
@@ -272,6 +275,8 @@ class MetricsWriter:
     def close(self) -> None:
         self.watchdog.cancel()
         self.watchdog.join()
+        if self.profiler is not None:
+            self.profiler.stop()
         for sink in (self.file, self.tensorboard):
             if sink is not None:
                 sink.close()
@@ -294,6 +299,25 @@ def format_step(record: dict[str, Any], train_iters: int) -> str:
         line += f"  eval_loss: {record['eval_loss']:.4f}  eval_perplexity: "
         line += "n/a" if perplexity is None else f"{perplexity:.2f}"
     return line
+
+
+def _profiler(steps: tuple[int, ...], first_iter: int, output_dir: str):
+    """Returns the started profiler of rank 0, whose `step` follows each step; None without steps.
+
+    steps: the first and the last, of which those up to first_iter were done before.
+    """
+    if not steps or steps[1] <= first_iter + 1:
+        return None
+    first, last = max(steps[0], first_iter + 2), steps[1]  # the step before warms the profiler up
+    path = os.path.join(output_dir, f"trace-{first}-{last}.json.gz")
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(
+            wait=first - first_iter - 2, warmup=1, active=last - first + 1, repeat=1
+        ),
+        on_trace_ready=lambda finished: finished.export_chrome_trace(path),
+    )
+    profiler.start()
+    return profiler
 
 
 def _give_up(step: int, seconds: float) -> None:

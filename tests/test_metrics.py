@@ -58,6 +58,7 @@ def write_run(output_dir, steps, first_iter=0, loss=2.5, eval_losses=MappingProx
         "train_config": {
             "train_iters": steps,
             "step_timeout": 60.0,
+            "profile_steps": (),
             "output_dir": str(output_dir),
         },
     }

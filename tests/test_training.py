@@ -1,5 +1,6 @@
 """What only whole runs show: the launcher, several nodes, the files of a run, and how runs fail."""
 
+import gzip
 import json
 import socket
 import subprocess
@@ -157,6 +158,19 @@ def test_bfloat16_follows_float32(one_process, tmp_path):
     for record, reference in zip(read_metrics(tmp_path), read_metrics(one_process[0]), strict=True):
         assert record["loss"] == pytest.approx(reference["loss"], rel=1e-2)
         assert record["loss"] != reference["loss"]
+
+
+def test_a_trace_of_the_steps_asked_for_opens(tmp_path):
+    output_dir = f"train_config.output_dir={tmp_path}"
+    run("python", "main.py", *SHORT, output_dir, "train_config.profile_steps=[2, 3]")
+    with gzip.open(tmp_path / "trace-2-3.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = [event["name"] for event in events]
+    assert {name for name in names if name.startswith("ProfilerStep#")} == {
+        "ProfilerStep#1",  # counted from 0
+        "ProfilerStep#2",
+    }
+    assert names.count("Optimizer.step#AdamW.step") == 2
 
 
 def test_random_tokens_teach_nothing(tmp_path):

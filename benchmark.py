@@ -1,0 +1,279 @@
+"""Measures training steps: tokens/s, MFU, memory, and the share of what the kernels allow.
+
+    torchrun --nproc-per-node 2 benchmark.py                      # all cases below
+    torchrun --nproc-per-node 2 benchmark.py 8k 128k-documents    # some of them
+    torchrun --nproc-per-node 2 benchmark.py 8k parallel_config.context_parallel_backend=native
+    python benchmark.py data_config.seqlen=512 model_config.preset=tiny train_config.compile=false
+    python benchmark.py --report                                  # table and plot of results.jsonl
+
+Every step is a real one, main.py's own `train_step` on random tokens: data, runtime key, forward,
+backward, clipping and AdamW. Each case appends one line to results.jsonl, and the report shows the
+newest of each case, backend and number of GPUs.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import json
+import statistics
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+
+import context_parallel
+import llama_pretrain_config
+import main
+import metrics
+
+WARMUP_STEPS = 4  # compilation, FSDP's and NCCL's first time
+# The matrix products' part of the kernel-bound limit: what cuBLAS reaches in bfloat16 on the shapes
+# of llama-1b on one H200.
+MATMUL_FLOPS = {"H100": 695e12, "H200": 695e12}
+
+# llama-1b with a head of its own: 1.498 B parameters. Rows of one document, or documents of
+# `random_document_length` tokens.
+CASES = {
+    "8k": (8192, 2, 0, "none"),
+    "32k": (32_768, 1, 0, "none"),
+    "128k": (131_072, 1, 0, "none"),
+    "128k-full": (131_072, 1, 0, "full"),
+    "128k-documents": (131_072, 1, 4096, "none"),
+    "128k-documents-selective": (131_072, 1, 4096, "selective"),
+    "128k-documents-full": (131_072, 1, 4096, "full"),
+    "64k-documents": (65_536, 1, 2048, "none"),
+}
+# Global tokens/s of others on 2 x H200 with cp 2, the same shapes, torch 2.11, each figure taken on
+# one machine in one series: torchtitan of May 2026, compiled (FlexAttention where there are
+# documents), and the torch_native example of MagiAttention 1.1.
+TORCHTITAN = {
+    "8k": 80_293,
+    "32k": 57_794,
+    "128k": 23_905,
+    "128k-full": 19_002,
+    "128k-documents": 103_318,
+    "128k-documents-full": 82_742,
+    "64k-documents": 109_111,
+}
+MAGI_EXAMPLE = {"8k": 11_704}
+
+
+def overrides(case: str) -> list[str]:
+    """Returns the config of a case."""
+    seqlen, batch_size, document_length, recomputation = CASES[case]
+    return [
+        f"data_config.seqlen={seqlen}",
+        f"data_config.batch_size={batch_size}",
+        f"data_config.random_document_length={document_length}",
+        f"train_config.activation_checkpointing={recomputation}",
+        "model_config.overrides.tie_word_embeddings=false",
+    ]
+
+
+def measure(arguments: list[str], steps: int) -> dict:
+    """Trains `steps` steps after the warm-up; returns what they took. A collective."""
+    with tempfile.TemporaryDirectory() as folder:
+        main.set_up(["data_config.source=random", f"train_config.output_dir={folder}", *arguments])
+    if not dist.is_initialized():
+        main.init_env()
+    device_mesh = main.build_mesh()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    model = main.parallelize_model(main.build_llama_model(), device_mesh)
+    model.train()
+    optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
+    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+    prepare = functools.partial(main.prepare_step, device_mesh, model.config, stream=stream)
+
+    step, times = prepare(0), []
+    for train_iter in range(WARMUP_STEPS + steps):
+        start = time.perf_counter()
+        plan_ms = step.plan_seconds * 1e3
+        *_, step = main.train_step(
+            *(model, optimizer, lr_scheduler, device_mesh, step),
+            prepare_next=functools.partial(prepare, train_iter + 1),
+        )
+        times.append(time.perf_counter() - start)
+    times = sorted(times[WARMUP_STEPS:])
+
+    tokens = main.data_config["seqlen"] * main.data_config["batch_size"]
+    world_size, median = dist.get_world_size(), statistics.median(times)
+    flops = metrics.training_flops(model.config, tokens, step.area) / world_size
+    limit = kernel_seconds(model.config, device_mesh)
+    peak = metrics.peak_flops()
+    return {
+        "tokens_per_s": tokens / median,
+        "tokens_per_s_range": [tokens / times[-1], tokens / times[0]],
+        "step_ms": median * 1e3,
+        "steps": steps,
+        "mfu": flops / median / peak if peak else None,
+        "kernel_bound_tokens_per_s": tokens / limit if limit else None,
+        "peak_memory_gib": metrics.peak_memory_gib(),
+        "plan_ms": plan_ms,
+        "world_size": world_size,
+        "machine": metrics.describe_machine(),
+        "config": copy.deepcopy(llama_pretrain_config.sections()),
+    }
+
+
+def kernel_seconds(config, device_mesh) -> float | None:
+    """Returns the seconds of a step in which a GPU runs nothing but its kernels; None off Hopper.
+
+    The attention's kernel is timed here, forward and backward, on one GPU with the whole mask, and
+    divided by cp; the matrix products count at MATMUL_FLOPS.
+    """
+    rates = [flops for name, flops in MATMUL_FLOPS.items() if name in torch_device_name()]
+    if not rates:
+        return None
+    api = context_parallel.load_api(main.parallel_config["context_parallel_backend"])
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    attention_ms = 0.0
+    for input_ids, _, cu_seqlens in main.prepare_data(device_mesh, 0):
+        dispatch_config = api.DispatchConfig(chunk_size=main.parallel_config["chunk_size"])
+        key = api.magi_attn_varlen_key(
+            cu_seqlens,
+            cu_seqlens,
+            *heads,
+            pad_size=0,
+            cp_group_or_mesh=alone(),
+            causal=config.is_causal,
+            dist_attn_config=api.DistAttnConfig(dispatch_config=dispatch_config),
+        )
+        num_tokens = len(api.dispatch(input_ids.cuda(), key))
+        q, k, v = (
+            torch.randn(num_tokens, n, config.head_dim, device="cuda", dtype=torch.bfloat16)
+            for n in (heads[0], heads[1], heads[1])
+        )
+        times = []
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            qkv = [x.detach().requires_grad_() for x in (q, k, v)]
+            start.record()
+            context_parallel.calc_attn(*qkv, key)[0].backward(q)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        attention_ms += statistics.median(times[2:])
+    attention_seconds = config.num_hidden_layers * attention_ms / 1e3 / device_mesh["cp"].size()
+    tokens = main.data_config["seqlen"] * main.data_config["batch_size"]
+    matmul_flops = metrics.training_flops(config, tokens, area=0) / device_mesh.size()
+    return attention_seconds + matmul_flops / rates[0]
+
+
+def torch_device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+@functools.cache
+def alone() -> dist.ProcessGroup:
+    """Returns a group of this process. A collective."""
+    return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+
+
+def table(results: list[dict]) -> str:
+    """Returns the newest result of each case, backend and number of GPUs, in Markdown."""
+    newest = {(r["case"], r["backend"], r["world_size"]): r for r in results}
+    lines = [
+        "| case | backend, GPUs | tokens/s (range) | MFU | of the kernels' limit | memory "
+        "| torchtitan | ratio | MagiAttention's example |",
+        "| --- " * 9 + "|",
+    ]
+    for (case, backend, world_size), result in newest.items():
+        speed, limit = result["tokens_per_s"], result["kernel_bound_tokens_per_s"]
+        low, high = result["tokens_per_s_range"]
+        titan, example = TORCHTITAN.get(case), MAGI_EXAMPLE.get(case)
+        same_machine = world_size == 2 and "H200" in result["machine"]["device"]
+        titan, example = (titan, example) if same_machine else (None, None)
+        cells = [
+            case,
+            f"{backend}, {world_size}",
+            f"{speed:,.0f} ({low:,.0f} to {high:,.0f})",
+            f"{result['mfu']:.1%}" if result["mfu"] else "",
+            f"{speed / limit:.0%}" if limit else "",
+            f"{result['peak_memory_gib']:.1f} GiB",
+            f"{titan:,}" if titan else "",
+            f"{speed / titan:.2f}" if titan else "",
+            f"{example:,}" if example else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: list[dict], plot: str) -> None:
+    """Draws tokens/s and MFU over the sequence's length, a line for each backend and mask."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    series: dict[str, list[tuple]] = {}
+    for result in results:
+        data = result["config"]["data_config"]
+        mask = "documents" if data["random_document_length"] else "causal"
+        recomputation = result["config"]["train_config"]["activation_checkpointing"]
+        point = (data["seqlen"], result["tokens_per_s"], result["mfu"])
+        series.setdefault(f"{result['backend']}, {mask}, {recomputation}", []).append(point)
+    for label, points in series.items():
+        lengths, speeds, mfus = zip(*sorted(points), strict=True)
+        left.plot(lengths, speeds, "o-", label=label, linewidth=1.2)
+        if None not in mfus:
+            right.plot(lengths, [100 * mfu for mfu in mfus], "o-", linewidth=1.2)
+    left.set_ylabel("tokens/s, all GPUs")
+    right.set_ylabel("MFU, %")
+    left.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.set(xlabel="tokens per row", xscale="log", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(plot, dpi=150)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures the cases one after the other."""
+    names = [argument for argument in options.arguments if "=" not in argument]
+    changes = [argument for argument in options.arguments if "=" in argument]
+    for name in names:
+        if name not in CASES:
+            raise ValueError(f"unknown case {name!r}; choose from {', '.join(CASES)}, or KEY=VALUE")
+    if not options.arguments:
+        names = list(CASES)
+    before = copy.deepcopy(llama_pretrain_config.sections())
+    for name in names or ["custom"]:
+        for section, values in llama_pretrain_config.sections().items():
+            values.update(copy.deepcopy(before[section]))
+        result = measure([*(overrides(name) if names else []), *changes], options.steps)
+        result |= {"case": name, "backend": main.parallel_config["context_parallel_backend"]}
+        if metrics.rank() == 0:
+            with open(options.results, "a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(table([result]), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("arguments", nargs="*", metavar="CASE or SECTION.KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps of a case")
+    parser.add_argument("--results", default="results.jsonl")
+    parser.add_argument("--plot", default="docs/benchmark.png")
+    parser.add_argument("--report", action="store_true", help="only the table and the plot")
+    options = parser.parse_args()
+    try:
+        if not options.report:
+            run(options)
+        elif metrics.rank() == 0:
+            with open(options.results) as file:
+                results = [json.loads(line) for line in file]
+            print(table(results))
+            draw(results, options.plot)
+    except (ValueError, OSError) as error:
+        metrics.exit_with(error)

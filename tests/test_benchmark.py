@@ -1,0 +1,47 @@
+"""benchmark.py: a small measurement on the CPU, and the table that it makes."""
+
+import json
+
+from conftest import ROOT, torchrun
+
+import benchmark
+
+
+def test_a_case_of_one_s_own_is_measured_on_a_cpu(tmp_path):
+    torchrun(
+        2,
+        ROOT / "benchmark.py",
+        "model_config.preset=tiny",
+        'model_config.overrides={"num_hidden_layers": 1, "hidden_size": 64}',
+        "data_config.seqlen=128",
+        "data_config.batch_size=2",
+        "data_config.random_document_length=40",
+        "train_config.compile=false",
+        "train_config.dtype=float32",
+        *("--steps", "2", "--results", tmp_path / "results.jsonl"),
+    )
+    (result,) = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+    low, high = result["tokens_per_s_range"]
+    assert 0 < low <= result["tokens_per_s"] <= high
+    assert result["tokens_per_s"] * result["step_ms"] / 1e3 == 256
+    assert (result["case"], result["backend"], result["world_size"]) == ("custom", "native", 2)
+    assert result["config"]["data_config"]["random_document_length"] == 40
+    assert result["machine"]["torch"]
+    benchmark.draw([result], str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_table_shows_the_newest_result_beside_the_peer_s():
+    machine = {"device": "2 x NVIDIA H200"}
+    result = {
+        **{"case": "8k", "backend": "native", "world_size": 2, "machine": machine},
+        **{"tokens_per_s": 80_293.0, "tokens_per_s_range": [80_000.0, 81_000.0], "mfu": 0.4},
+        **{"kernel_bound_tokens_per_s": 160_586.0, "peak_memory_gib": 20.0},
+    }
+    rows = benchmark.table([{**result, "tokens_per_s": 1.0}, result]).splitlines()[2:]
+    assert rows == [
+        "| 8k | native, 2 | 80,293 (80,000 to 81,000) | 40.0% | 50% | 20.0 GiB | 80,293 | 1.00 "
+        "| 11,704 |"
+    ]
+    (other,) = benchmark.table([{**result, "world_size": 1}]).splitlines()[2:]
+    assert "80,293 | 1.00" not in other, "the peer's figure is of two H200s"
