@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import transformers
 from conftest import ROOT, environment, read_metrics, run, torchrun
 
 # Three steps on English text, of a model that takes a moment.
@@ -119,7 +120,7 @@ def test_an_evaluation_changes_nothing_and_comes_every_so_many_steps_and_last(
     assert records[2]["eval_loss"] < records[1]["eval_loss"] < 5.6
 
 
-def test_a_corpus_of_ones_own_from_the_tokenizer_to_the_evaluation(tmp_path):
+def test_a_corpus_of_ones_own_from_the_tokenizer_to_text(tmp_path):
     """The README's way, with less text and fewer steps."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     tokenizer = tokenizers.ByteLevelBPETokenizer()
@@ -145,6 +146,13 @@ def test_a_corpus_of_ones_own_from_the_tokenizer_to_the_evaluation(tmp_path):
     losses = [r["eval_loss"] for r in read_metrics(tmp_path / "run") if "eval_loss" in r]
     assert len(losses) == 2
     assert losses[1] < losses[0] < 6.2  # ln(512) = 6.24: what is known at first
+
+    run("python", "checkpoint.py", "export", tmp_path / "run", tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    prompt = tokenizer("def __init__(self", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
+    assert text.startswith("def __init__(self") and len(text) > len("def __init__(self")
 
 
 def test_bfloat16_follows_float32(one_process, tmp_path):
