@@ -1,6 +1,7 @@
 """FLOPs against torch's own counter, and what a run writes."""
 
 import json
+import time
 
 import pytest
 import reference
@@ -124,13 +125,15 @@ def test_tensorboard_gets_every_figure(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', "\0\0"])
-def test_a_resumed_run_goes_on_after_its_checkpoint(torn, tmp_path):
+def test_a_resumed_run_goes_on_after_its_checkpoint(torn, tmp_path, monkeypatch):
     """Steps 2 and 3 were logged but not saved, and the last line may be torn."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_run(tmp_path, 3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 9)  # TensorBoard orders its files by seconds
     write_run(tmp_path, 5, first_iter=1, loss=1.5)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     steps = [(1, 2.5), (2, 1.5), (3, 1.5), (4, 1.5), (5, 1.5)]
