@@ -216,8 +216,8 @@ class Checkpointer:
             return step
         if found[0]:
             raise CheckpointError(
-                f"all checkpoints in {os.path.dirname(found[0][0])} are damaged; to begin again, "
-                f"give another train_config.output_dir"
+                f"of {', '.join(found[0])} none is whole; to begin again, give another "
+                f"train_config.output_dir"
             )
         return 0
 

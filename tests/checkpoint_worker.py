@@ -18,6 +18,7 @@ context.set_forkserver_preload(
     ["main", "checkpoint_worker", "torch._dynamo", "torch.utils.tensorboard"]
 )
 
+ITERS = 12  # steps of a run
 # A model that takes a moment, on English text.
 SHORT = [
     "model_config.preset=tiny",

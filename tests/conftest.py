@@ -44,6 +44,47 @@ def cp_group():
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Starts a run in tmp_path/run; what is still running at the end is killed."""
+    from checkpoint_worker import ITERS, Run
+
+    runs = []
+
+    def start_run(*arguments, processes=1, cp=1, every=1, output_dir=tmp_path / "run", kill_at=0):
+        settings = [
+            f"train_config.output_dir={output_dir}",
+            f"train_config.train_iters={ITERS}",
+            f"train_config.checkpoint_interval={every}",
+            f"parallel_config.context_parallel_size={cp}",
+        ]
+        runs.append(Run(processes, [*settings, *arguments], kill_at))
+        return runs[-1]
+
+    yield start_run
+    for started in runs:
+        started.kill()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """{processes: the output_dir of a run that nothing happened to}; on two it is dp 1 x cp 2."""
+    from checkpoint_worker import ITERS, Run
+
+    found = {}
+    for processes in (1, 2):
+        found[processes] = tmp_path_factory.mktemp("undisturbed") / "run"
+        settings = [
+            f"train_config.output_dir={found[processes]}",
+            f"train_config.train_iters={ITERS}",
+            f"parallel_config.context_parallel_size={processes}",
+            "train_config.checkpoint_interval=4",
+        ]
+        whole = Run(processes, settings)
+        assert whole.exit_codes() == [0] * processes, whole.said
+    return found
+
+
 def environment(**extra: str) -> dict[str, str]:
     """A clean environment for a child process: one thread, no GPU, nothing of an outer launcher."""
     launcher = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT"

@@ -1,6 +1,7 @@
 """FLOPs against torch's own counter, and what a run writes."""
 
 import json
+import time
 from types import MappingProxyType
 
 import pytest
@@ -152,15 +153,12 @@ def test_tensorboard_gets_every_figure(tmp_path):
 def test_a_resumed_run_goes_on_after_its_checkpoint(torn, tmp_path, monkeypatch):
     """Steps 2 and 3 were logged but not saved, and the last line may be torn."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.summary.writer import event_file_writer
 
-    # Files of one second and one process, as no two runs have, are read in the order of a number
-    # that counts on through the tests, and as text 10 comes before 9.
-    counter = event_file_writer.AtomicCounter(0)
-    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
     write_run(tmp_path, 3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 9)  # TensorBoard orders its files by seconds
     write_run(tmp_path, 5, first_iter=1, loss=1.5)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     steps = [(1, 2.5), (2, 1.5), (3, 1.5), (4, 1.5), (5, 1.5)]

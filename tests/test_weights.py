@@ -1,0 +1,81 @@
+"""Weights to and from transformers: the same tensors and the same logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import run
+from safetensors.torch import load_file
+
+import checkpoint
+import context_parallel
+import weights
+from configuration_llama import LlamaConfig
+from modeling_llama import LlamaForCausalLM
+
+
+def hf_logits(folder, tokens):
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(tokens[None]).logits[0]
+
+
+def our_logits(folder, tokens, cp_group):
+    config = weights.read_config(folder, {})
+    model = LlamaForCausalLM(config)
+    weights.load_weights(model, folder)
+    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    tokens, key = context_parallel.magi_attn_varlen_dispatch(
+        *(tokens, cu_seqlens, cu_seqlens, config.num_attention_heads, config.num_key_value_heads),
+        *(config.head_dim, 0, cp_group, True),
+    )
+    positions = context_parallel.dispatch(torch.arange(key.total_seqlen), key)
+    with torch.no_grad():
+        return context_parallel.undispatch(model(tokens, positions, key), key)
+
+
+def test_an_exported_run_is_the_same_model_in_transformers(undisturbed, cp_group, tmp_path):
+    folder = str(tmp_path / "hf")
+    command = ["python", "checkpoint.py", "export", undisturbed[2], folder]
+    said = run(*command, "--max-shard-gib", "0.00005").stdout
+    assert "step-00000012" in said
+    assert len(list(Path(folder).glob("model-*-of-*.safetensors"))) > 2
+    tokens = torch.arange(40) * 7 % 257
+    theirs, ours = hf_logits(folder, tokens), our_logits(folder, tokens, cp_group)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert theirs.std() > 0.1, "trained, not zeros"
+    with pytest.raises(ValueError, match="exists; give the name of a new folder"):
+        checkpoint.export(str(undisturbed[2]), folder, "float32", 5.0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_init_from_starts_with_the_weights_of_transformers(tied, start, tmp_path):
+    """Saved in several bfloat16 files; two ranks read their shards, and at a learning rate of 0
+    what they save is what was there.
+    """
+    torch.manual_seed(0)
+    overrides = {"num_hidden_layers": 2, "hidden_size": 32, "tie_word_embeddings": tied}
+    shape = LlamaConfig.from_preset("tiny", overrides).to_hf()
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).bfloat16()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    arguments = [
+        f"model_config.init_from={tmp_path / 'theirs'}",
+        "model_config.overrides={}",
+        "train_config.train_iters=1",
+        "train_config.optimizer_config.learning_rate=0",
+    ]
+    started = start(*arguments, processes=2)
+    assert started.exit_codes() == [0, 0], started.said
+    checkpoint.export(str(tmp_path / "run"), str(tmp_path / "ours"), "bfloat16", 5.0)
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    expected = {n: p for n, p in theirs.named_parameters()}  # without the tied head
+    assert ours.keys() == expected.keys() and ("lm_head.weight" in ours) is not tied
+    for name, weight in expected.items():
+        assert torch.equal(ours[name], weight), name
+
+    refused = start(*arguments[:1], "model_config.overrides.intermediate_size=64")
+    assert refused.exit_codes() == [1]
+    assert "the shape of model.layers.0.mlp.down_proj.weight in its *.safetensors is" in (
+        refused.said
+    )
