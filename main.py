@@ -407,6 +407,7 @@ def main(arguments: list[str]) -> None:
         train(model, optimizer, lr_scheduler, device_mesh, train_config["train_iters"])
     except (FloatingPointError, checkpoint.CheckpointError) as error:
         metrics.exit_with(error)
+    dist.barrier()  # no rank ends while another's threads still wait for it
     dist.destroy_process_group()
 
 
