@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -295,6 +296,7 @@ class _KeepLocal(torch.autograd.Function):
         return _local_slice(x, group).clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         return _all_gather(grad, ctx.group), None
 
@@ -312,6 +314,7 @@ class _Gather(torch.autograd.Function):
         return _all_gather(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         local = _local_slice(grad, ctx.group).contiguous()
         if ctx.sum_gradients:
@@ -377,7 +380,8 @@ def _sdpa_attention(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) ->
 @functools.cache
 def _compiled_flex_attention():
     # dynamic=False: for a second shape it would compile a kernel for all, half as fast.
-    return torch.compile(flex_attention, dynamic=False)
+    # fullgraph=True: past so many shapes it would go on uncompiled, with whole score matrices.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _flex_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
@@ -438,61 +442,29 @@ def _tile_range(x: Tensor) -> tuple[Tensor, Tensor]:
 class SavedAttention:
     """The attention of a layer that recomputes q, k and v: its kernel runs once all the same.
 
-    It keeps `out` and what else the backend saves for backward (the log-sum-exp; with `native` at
-    cp > 1 the gathered K and V), but not q, k and v, which `gradients` is given again.
+    It keeps `out` and what else the backend saves for backward (the log-sum-exp; at cp > 1 k and v
+    as the collectives left them), but not q, k and v: their memory is given back, and filled again
+    for `gradients`. That goes past autograd, which sees the same tensors as before.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> None:
-        """As `calc_attn`; `self.out` is its output, [s, nh, hd]."""
-        qkv = tuple(x.contiguous() for x in (q, k, v))
-        # Not leaves of the graph: those would be held by it.
-        anchor = torch.empty(0, device=q.device, requires_grad=True)
+        """As `calc_attn`; `self.out` is its output, [s, nh, hd]. q, k and v become empty."""
+        self._qkv = [_in_storage_of_its_own(x.detach()).requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            qkv = _GraphInputs.apply(anchor, *qkv)
-            self._inputs = [torch.autograd.graph.get_gradient_edge(x) for x in qkv]
-            with torch.autograd.graph.saved_tensors_hooks(self._pack(qkv), self._unpack):
-                self.out, _ = calc_attn(*qkv, key)
+            self.out, _ = calc_attn(*self._qkv, key)
+        for x in self._qkv:
+            x.untyped_storage().resize_(0)
 
     def gradients(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of q, k and v, which have the values of the first time. Once."""
-        self._again = [x.detach().contiguous() for x in (q, k, v)]
-        gradients = torch.autograd.grad(self.out, self._inputs, grad_out)
-        del self._again
-        return gradients
-
-    def _pack(self, qkv: tuple[Tensor, ...]):
-        """Returns the hook that replaces a view of q, k or v by what is needed to make it again."""
-        # Not the tensors themselves: autograd keeps the hook, and with it what the hook refers to.
-        storages = [x.untyped_storage().data_ptr() for x in qkv]
-        offsets = [x.storage_offset() for x in qkv]
-        kv_shape = (2 * len(qkv[1]), *qkv[1].shape[1:])
-
-        def pack(saved: Tensor):
-            storage = saved.untyped_storage().data_ptr()
-            if storage in storages:
-                index = storages.index(storage)
-                return index, saved.size(), saved.stride(), saved.storage_offset() - offsets[index]
-            if saved.shape == kv_shape:  # magi_attention at cp > 1
-                return "k and v, one after the other"
-            return saved
-
-        return pack
-
-    def _unpack(self, packed) -> Tensor:
-        if isinstance(packed, tuple):
-            index, size, stride, offset = packed
-            again = self._again[index]
-            return again.as_strided(size, stride, again.storage_offset() + offset)
-        return torch.cat(self._again[1:]) if isinstance(packed, str) else packed
+        for x, again in zip(self._qkv, (q, k, v), strict=True):
+            again = _in_storage_of_its_own(again.detach())
+            x.untyped_storage().resize_(again.untyped_storage().nbytes())
+            x.untyped_storage().copy_(again.untyped_storage())
+        return torch.autograd.grad(self.out, self._qkv, grad_out)
 
 
-class _GraphInputs(torch.autograd.Function):
-    """Puts tensors at the beginning of a graph. The gradient stops there."""
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        return None, *gradients
+def _in_storage_of_its_own(x: Tensor) -> Tensor:
+    """Returns x, contiguous, copied where its storage holds more than it."""
+    x = x.contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -102,7 +102,8 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
 
 def apply_compile(model: LlamaForCausalLM) -> None:
     """Compiles the loss, and each layer's parts around the attention, which stays opaque."""
-    compiled = partial(torch.compile, dynamic=False)  # the few shapes of a run get their own code
+    # The few shapes of a run get their own code; one too many is an error, not a slow run.
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True)
     model.lm_head.cross_entropy = compiled(model.lm_head.cross_entropy)
     for layer in model.model.layers:
         layer.before_attention = compiled(layer.before_attention)
@@ -299,7 +300,7 @@ def train_step(
     Raises FloatingPointError, before the weights change, if loss or gradient norm is not finite.
     """
     loss_sum = forward_backward(model, step, device_mesh)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
     # Together, so that all ranks leave after the same step.
     totals = torch.stack([loss_sum, torch.full_like(loss_sum, is_stopping())]).double()
     dist.all_reduce(totals, group=dp_cp_mesh(device_mesh).get_group())

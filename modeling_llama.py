@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from configuration_llama import LlamaConfig
 from context_parallel import DistAttnRuntimeKey, SavedAttention, calc_attn
@@ -135,13 +136,15 @@ class LlamaDecoderLayer(nn.Module):
 class _Recompute(torch.autograd.Function):
     """A decoder layer that keeps its input alone and computes the rest again in backward.
 
-    "selective" also keeps the output of the attention, twice the memory, and so never runs the
-    attention's kernel a second time. The half behind the attention goes slice by slice: the MLP's
-    activations, 12 times as large as the input, exist for MLP_SLICE_SIZE tokens.
+    "selective" also keeps what the attention needs for its backward but q, k and v
+    (`SavedAttention`), and so never runs its kernel a second time. The half behind the attention
+    goes slice by slice: the MLP's activations, 12 times as large as the input, exist for
+    MLP_SLICE_SIZE tokens.
 
     It stands inside the layer, so that FSDP, which wraps the layer from outside, gathers the
     layer's parameters once for the recomputation and the gradients. The gradients of the
-    parameters are accumulated by the backward calls in here, those of x are returned.
+    parameters are accumulated by the backward calls in here, those of x are returned: so only
+    `loss.backward()` finds the parameters' gradients, `torch.autograd.grad` does not.
     """
 
     @staticmethod
@@ -160,16 +163,15 @@ class _Recompute(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, cos, sin = ctx.saved_tensors
         layer = ctx.layer
+        attention, ctx.attention = ctx.attention, None  # its memory ends with this call
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             qkv = layer.before_attention(x, cos, sin)
-            if ctx.attention is None:
-                out, _ = calc_attn(*qkv, ctx.runtime_key)
-            else:
-                out = ctx.attention.out
+            out = attention.out if attention else calc_attn(*qkv, ctx.runtime_key)[0]
         grad_x, grad_out = torch.empty_like(x), torch.empty_like(out)
         parts = _slices(grad, x.detach(), out.detach(), grad_x, grad_out)
         for grad_part, x_part, out_part, grad_x_part, grad_out_part in parts:
@@ -178,10 +180,10 @@ class _Recompute(torch.autograd.Function):
                 layer.after_attention(x_part, out_part).backward(grad_part)
             grad_x_part.copy_(x_part.grad)
             grad_out_part.copy_(out_part.grad)
-        if ctx.attention is None:
-            out.backward(grad_out)
+        if attention:
+            torch.autograd.backward(qkv, attention.gradients(grad_out, *qkv))
         else:
-            torch.autograd.backward(qkv, ctx.attention.gradients(grad_out, *qkv))
+            out.backward(grad_out)
         return grad_x.add_(x.grad), None, None, None, None
 
 
@@ -209,6 +211,8 @@ class LlamaModel(nn.Module):
         """input_ids, position_ids: [s]; returns the normed hidden states, [s, h]."""
         cos, sin = rope_cos_sin(self.config, position_ids)
         x = self.embed_tokens(input_ids)
+        if torch.is_grad_enabled():
+            x.requires_grad_()  # with a frozen embedding `_Recompute` would have no backward
         for layer in self.layers:
             x = layer(x, cos, sin, runtime_key)
         return self.norm(x)
@@ -228,15 +232,17 @@ class LlamaHead(nn.Linear):
         """logits: [n, v]; labels: [n]. Returns the summed loss and its gradient, [n, v].
 
         The loss of a token is log(sum(exp(logits))) - logits[label], its gradient
-        softmax(logits) - one_hot(label); both in float32, the gradient rounded at the end.
+        softmax(logits) - one_hot(label); both in float32, the gradient rounded at the end. Label
+        -100 counts for nothing, whatever its logits are.
         """
-        counts = labels != -100
-        labels = labels.clamp(min=0)[:, None]
+        ignored = (labels == -100)[:, None]
+        labels = labels[:, None].masked_fill(ignored, 0)
         log_sum = logits.float().logsumexp(dim=-1, keepdim=True)
-        loss = (log_sum - logits.gather(1, labels).float())[:, 0]
+        loss = (log_sum - logits.gather(1, labels)).masked_fill(ignored, 0)
+        gradient = (logits - log_sum).exp_()
         is_label = torch.arange(logits.shape[1], device=logits.device) == labels
-        gradient = (logits.float() - log_sum).exp() - is_label.float()
-        return (loss * counts).sum(), (gradient * counts[:, None]).to(logits.dtype)
+        gradient = gradient.sub_(is_label.to(logits.dtype)).masked_fill_(ignored, 0)
+        return loss.sum(), gradient.to(logits.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -250,7 +256,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, labels, cross_entropy):
-        needs_gradient = ctx.needs_input_grad[0]
+        needs_gradient = any(ctx.needs_input_grad)
         loss_sum = torch.zeros((), device=x.device)
         if needs_gradient:
             grad_x = torch.empty_like(x)
@@ -270,6 +276,7 @@ class _HeadLoss(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad, grad_weight * grad, None, None

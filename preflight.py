@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sys
 from dataclasses import asdict
 
 import torch
@@ -37,6 +39,17 @@ def run_config() -> dict:
     return metrics.run_config(sections, build_llama_config(), data)
 
 
+def check_compiler(on_gpu: bool) -> None:
+    """Raises ValueError if what torch.compile calls is missing: on a GPU Triton's C compiler."""
+    cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    wanted = [os.environ.get("CC", "gcc"), "clang"] if on_gpu else [cxx]
+    if not any(map(shutil.which, wanted)):
+        raise ValueError(
+            f"train_config.compile=True needs a compiler, and {' or '.join(wanted)} is not in "
+            f"PATH; install one, or set train_config.compile=false"
+        )
+
+
 def set_up(arguments: list[str]) -> None:
     """Resolves the config, chooses the backend, opens the data, and logs what will run.
 
@@ -52,6 +65,8 @@ def set_up(arguments: list[str]) -> None:
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if on_gpu and processes > gpus:
         raise ValueError(f"{processes} processes on a node with {gpus} GPUs; start at most {gpus}")
+    if train_config["compile"]:
+        check_compiler(on_gpu)
     config = build_llama_config()
     backend, reason = context_parallel.select_backend(
         parallel_config["context_parallel_backend"],
@@ -75,6 +90,8 @@ def set_up(arguments: list[str]) -> None:
     cp_size = parallel_config["context_parallel_size"]
     log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
     log(f"attention: {backend} ({reason})")
+    if train_config["compile"] or backend == "magi_attention":
+        log("kernels: compiled in the first step, which takes minutes where none are cached yet")
     for name, source in sources.items():
         log(f"{name}: {source.description}")
     log(f"config: {json.dumps(llama_pretrain_config.sections())}")

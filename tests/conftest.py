@@ -97,14 +97,18 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(*command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-    """Runs a command in the repository's root; a failure shows its output."""
+    """Runs a command in the repository's root; a failure shows its output.
+
+    On a GPU it may take as long as it wants: the first time kernels are compiled.
+    """
+    environ = environment(**env)
     result = subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
-        env=environment(**env),
+        env=environ,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=None if environ["CUDA_VISIBLE_DEVICES"] else 300,
     )
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
@@ -118,9 +122,11 @@ def torchrun(processes: int, *command, check=True, **env: str) -> subprocess.Com
 
 def gpus(count: int) -> str:
     """Returns CUDA_VISIBLE_DEVICES for `count` GPUs; skips the test where there are fewer."""
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} GPUs and `pytest -m gpu`; {torch.cuda.device_count()} are here")
-    return ",".join(map(str, range(count)))
+    here = torch.cuda.device_count()
+    if here < count:
+        pytest.skip(f"needs {count} GPUs and `pytest -m gpu`; {here} are here")
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(here)))
+    return ",".join(chosen.split(",")[:count])
 
 
 def open_data(

@@ -112,7 +112,7 @@ def main() -> None:
     dtype = getattr(torch, dtype)
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
     for cp_size in map(int, cp_sizes):
         shape = (dist.get_world_size() // cp_size, cp_size)
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp"))

@@ -1,5 +1,6 @@
 """`native` context parallelism against dense attention, and the choice of the backend."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -71,47 +72,38 @@ def test_what_native_cannot_do_is_refused(cp_group):
         magi_attn_varlen_key(cu_seqlens, cu_seqlens + 1, 4, 2, 64, 0, cp_group)
 
 
-class FusedKV(torch.autograd.Function):
-    """Saves k and v in one tensor, as magi_attention 1.1.1 does at cp > 1 (read in its sources, and
-    seen on two H200s in the memory of a step)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = q * k.sum() + v.sum()
-        ctx.save_for_backward(q, torch.cat([k, v]), out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, kv, out = ctx.saved_tensors
-        k, v = kv.chunk(2)
-        grad_k, grad_v = (grad * q).sum() * torch.ones_like(k), grad.sum() * torch.ones_like(v)
-        return grad * k.sum(), grad_k, grad_v
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_saved_attention_keeps_none_of_its_inputs_and_gives_their_gradients(
-    fused, cp_group, monkeypatch
-):
+def test_saved_attention_keeps_none_of_its_inputs_and_gives_their_gradients(cp_group):
     torch.manual_seed(0)
     cu_seqlens = torch.tensor([0, 10, 64], dtype=torch.int32)
     key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True)
-    if fused:
-        fused_attn = lambda q, k, v, key: (FusedKV.apply(q, k, v), None)  # noqa: E731
-        monkeypatch.setattr(context_parallel, "calc_attn", fused_attn)
     inputs = [torch.randn(64, heads, 64, requires_grad=True) for heads in (4, 2, 2)]
     out, _ = context_parallel.calc_attn(*inputs, key)
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, inputs, grad)
 
-    first = [x.detach().clone() for x in inputs]
-    storages = [StorageWeakRef(x.untyped_storage()) for x in first]
-    saved = SavedAttention(*first, key)
-    del first
-    assert all(storage.expired() for storage in storages)
+    q, k, v = (x.detach().clone() for x in inputs)
+    wide = torch.randn(64, 4, 64)  # v as a part of something larger, which has to stay
+    wide[:, 1:3] = v
+    saved = SavedAttention(q, k, wide[:, 1:3], key)
+    assert [x.untyped_storage().nbytes() for x in (q, k)] == [0, 0]
+    assert torch.equal(wide[:, 1:3], v)
     assert torch.equal(saved.out, out)
     for found, gradient in zip(saved.gradients(grad, *inputs), expected, strict=True):
         assert torch.equal(found, gradient)
+
+
+def test_saved_attention_that_nobody_needs_any_more_is_freed_at_once(cp_group):
+    """Without its backward, too: as after an error, or a forward that was for its loss alone."""
+    cu_seqlens = torch.tensor([0, 64], dtype=torch.int32)
+    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True)
+    saved = SavedAttention(*(torch.randn(64, heads, 64) for heads in (4, 2, 2)), key)
+    out = StorageWeakRef(saved.out.untyped_storage())
+    gc.disable()
+    try:
+        del saved
+        assert out.expired()
+    finally:
+        gc.enable()
 
 
 # The choice of the backend. What a real placeholder is, an importable package without `api`, was

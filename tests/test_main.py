@@ -172,7 +172,7 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
 
 @pytest.mark.parametrize(
     "cp, recomputation, compiled",
-    [(1, "selective", True), (2, "selective", False), (2, "full", False)],
+    [(1, "selective", True), (2, "selective", False), (2, "full", True)],
 )
 def test_recomputation_and_compilation_change_no_gradient(
     cp, recomputation, compiled, folder, expected, tmp_path

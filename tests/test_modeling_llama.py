@@ -1,6 +1,7 @@
 """The model against transformers' LlamaForCausalLM and against the reference in float64."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -11,10 +12,11 @@ from conftest import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import context_parallel
 import modeling_llama
 from configuration_llama import LLAMA_32_ROPE, PRESETS, LlamaConfig
 from context_parallel import magi_attn_varlen_dispatch
-from modeling_llama import LlamaForCausalLM, rope_cos_sin
+from modeling_llama import LlamaForCausalLM, LlamaHead, rope_cos_sin
 
 SMALL = LlamaConfig(
     vocab_size=97,
@@ -137,6 +139,72 @@ def test_slices_and_recomputation_change_no_gradient(
         assert relative_error(param.grad, grad) < 1e-5
 
 
+@pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("frozen", ["model.embed_tokens", "lm_head", "model.layers.0", "model"])
+def test_what_is_frozen_cuts_nothing_else_off(frozen, activation_checkpointing, cp_group):
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(CONFIGS["untied"], activation_checkpointing)
+    tokens, labels = torch.randint(model.config.vocab_size, (2, 60))
+    run_model(model, tokens, [20, 40], cp_group, labels=labels).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    model.get_submodule(frozen).requires_grad_(False)
+    run_model(model, tokens, [20, 40], cp_group, labels=labels).backward()
+    for name, param in model.named_parameters():
+        if name.startswith(f"{frozen}."):
+            assert param.grad is None, name
+        else:
+            assert relative_error(param.grad, expected[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    "activation_checkpointing, calls", [("none", 1), ("selective", 1), ("full", 2)]
+)
+def test_what_is_kept_for_backward_and_what_is_computed_again(
+    activation_checkpointing, calls, cp_group, monkeypatch
+):
+    monkeypatch.setattr(modeling_llama, "MLP_SLICE_SIZE", 64)
+    calls_found, kept = [], {}
+    for module in (modeling_llama, context_parallel):
+        counted = functools.partial(count_call, calls_found, module.calc_attn)
+        monkeypatch.setattr(module, "calc_attn", counted)
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    config = dataclasses.replace(SMALL, intermediate_size=1000)
+    model = LlamaForCausalLM(config, activation_checkpointing)
+    tokens, labels = torch.randint(config.vocab_size, (2, 512))
+    parameters = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss_sum = run_model(model, tokens, [512], cp_group, labels=labels)
+        storages = [x.untyped_storage() for ptr, x in kept.items() if ptr not in parameters]
+        floats_kept = sum(storage.nbytes() for storage in storages) // 4
+        kept.clear()
+        loss_sum.backward()
+    assert len(calls_found) == calls * config.num_hidden_layers
+
+    layers, x, mlp = config.num_hidden_layers, 512 * config.hidden_size, 512 * 1000
+    head = 3 * x + 97 * config.hidden_size  # and the final norm
+    if activation_checkpointing == "none":
+        assert floats_kept > layers * 3 * mlp
+    else:
+        # On a CPU native saves masks, and copies of k and v in the order of the stream.
+        masks = 64 * sum(range(64, 513, 64))
+        out, log_sum_exp, kv = x, 512 * config.num_attention_heads, 512 * 4 * config.head_dim
+        per_layer = {"full": x, "selective": x + out + log_sum_exp + kv + masks}
+        angles = 4 * 512 * config.head_dim
+        assert floats_kept <= layers * per_layer[activation_checkpointing] + head + angles
+        assert largest.elements < mlp
+
+
+def count_call(calls, function, *args):
+    calls.append(function)
+    return function(*args)
+
+
 class Largest(TorchDispatchMode):
     """Notes the largest tensor that any operation makes."""
 
@@ -175,6 +243,18 @@ def test_labels_that_are_all_ignored_give_zero_and_no_nan(cp_group):
     loss_sum.backward()
     assert loss_sum.item() == 0
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_an_ignored_label_hides_logits_that_are_not_finite():
+    logits = torch.randn(3, 97)
+    logits[1, 5] = torch.inf
+    loss, gradient = LlamaHead.cross_entropy(logits, torch.tensor([4, -100, 96]))
+    expected = torch.nn.functional.cross_entropy(
+        logits[::2], torch.tensor([4, 96]), reduction="sum"
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (gradient[1] == 0).all()
+    assert gradient.isfinite().all()
 
 
 def test_rope_angles_stay_exact_at_a_million_tokens():

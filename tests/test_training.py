@@ -205,6 +205,15 @@ def test_an_error_is_said_once_by_rank_0_and_ends_every_process():
     assert result.stdout == ""
 
 
+def test_a_compiler_that_is_missing_is_said_before_anything_is_built():
+    compiles = [*SHORT, "train_config.compile=true"]
+    result = run("python", "main.py", *compiles, check=False, CXX="no-such-compiler")
+    assert result.returncode == 1
+    assert "needs a compiler, and no-such-compiler is not in PATH" in result.stderr
+    assert "set train_config.compile=false" in result.stderr
+    assert result.stdout == ""
+
+
 def test_a_gradient_that_overflows_stops_all_ranks_with_their_state(tmp_path):
     result = torchrun(
         2,

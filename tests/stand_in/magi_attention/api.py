@@ -4,7 +4,7 @@ It is stricter than the real library: what that warns of, or computes wrongly wi
 here. What the real one does was read in its sources at the tag v1.1.1 (magi_attention/api and
 config.py): the arguments and defaults, which arguments are deprecated, that an instance of its
 runtime key holds a field declared with init=False and so cannot be copied by `dataclasses.replace`,
-and that `dispatch` pads with 0 unless told otherwise.
+and that `dispatch` pads with 0 unless told otherwise. `pytest -m gpu` compares the signatures.
 """
 
 from dataclasses import dataclass, field
@@ -20,18 +20,27 @@ import context_parallel as native
 class DispatchConfig:
     chunk_size: int | None = None
     uneven_shard: bool = False
+    alg: object = None
 
 
 @dataclass(frozen=True)
 class OverlapConfig:
+    mode: object = None
     degree: int | None = 1
-    _no_overlap: bool = field(init=False, default=True)
+    dynamic_max_degree: int | None = 8
+    min_chunk_size: int = 512
+    max_num_chunks: int = 64
+    alg: object = None
+    calc_cost_factor: float = 1.0
+    comm_cost_factor: float = 1.0
+    _no_overlap: bool = field(init=False, repr=False, compare=False, default=False)
 
 
 @dataclass(frozen=True)
 class DistAttnConfig:
     dispatch_config: DispatchConfig = DispatchConfig()
     overlap_config: OverlapConfig = OverlapConfig()
+    grpcoll_config: object = None
 
 
 @dataclass(frozen=True, eq=False)
