@@ -6,9 +6,9 @@
     python benchmark.py data_config.seqlen=512 model_config.preset=tiny train_config.compile=false
     python benchmark.py --report                                  # table and plot of results.jsonl
 
-Every step is a real one, main.py's own `train_step` on random tokens: data, runtime key, forward,
-backward, clipping and AdamW. Each case appends one line to results.jsonl, and the report shows the
-newest of each case, backend and number of GPUs.
+Every step is a real one, of main.py's own `train` on random tokens: data, runtime key, forward,
+backward, clipping, AdamW and the log. Each case appends one line to results.jsonl, and the report
+shows the newest of each case, backend and number of GPUs.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import gc
 import json
 import statistics
 import tempfile
-import time
 
 import torch
 import torch.distributed as dist
@@ -28,22 +27,25 @@ import llama_pretrain_config
 import main
 import metrics
 
-WARMUP_STEPS = 4  # compilation, FSDP's and NCCL's first time
+WARMUP_STEPS = 2  # compilation, FSDP's and NCCL's first time, and one to fill the queue
 # The matrix products' part of the kernel-bound limit: what cuBLAS reaches in bfloat16 on the shapes
 # of llama-1b on one H200.
 MATMUL_FLOPS = {"H100": 695e12, "H200": 695e12}
 
 # llama-1b with a head of its own: 1.498 B parameters. Rows of one document, or documents of
-# `random_document_length` tokens.
+# `random_document_length` tokens; what is recomputed; how many steps are measured.
 CASES = {
-    "8k": (8192, 2, 0, "none"),
-    "32k": (32_768, 1, 0, "none"),
-    "128k": (131_072, 1, 0, "none"),
-    "128k-full": (131_072, 1, 0, "full"),
-    "128k-documents": (131_072, 1, 4096, "none"),
-    "128k-documents-selective": (131_072, 1, 4096, "selective"),
-    "128k-documents-full": (131_072, 1, 4096, "full"),
-    "64k-documents": (65_536, 1, 2048, "none"),
+    "8k": (8192, 2, 0, "none", 20),
+    "32k": (32_768, 1, 0, "none", 10),
+    "128k": (131_072, 1, 0, "none", 4),
+    "128k-full": (131_072, 1, 0, "full", 4),
+    "128k-documents": (131_072, 1, 4096, "none", 8),
+    "128k-documents-selective": (131_072, 1, 4096, "selective", 8),
+    "128k-documents-full": (131_072, 1, 4096, "full", 8),
+    "64k-documents": (65_536, 1, 2048, "none", 10),
+    "512k-documents-full": (524_288, 1, 8192, "full", 4),
+    "1m-documents-full": (1_048_576, 1, 8192, "full", 2),
+    "2m-documents-full": (2_097_152, 1, 8192, "full", 2),
 }
 # Global tokens/s of others on 2 x H200 with cp 2, the same shapes, torch 2.11, each figure taken on
 # one machine in one series: torchtitan of May 2026, compiled (FlexAttention where there are
@@ -62,7 +64,7 @@ MAGI_EXAMPLE = {"8k": 11_704}
 
 def overrides(case: str) -> list[str]:
     """Returns the config of a case."""
-    seqlen, batch_size, document_length, recomputation = CASES[case]
+    seqlen, batch_size, document_length, recomputation, _ = CASES[case]
     return [
         f"data_config.seqlen={seqlen}",
         f"data_config.batch_size={batch_size}",
@@ -75,45 +77,40 @@ def overrides(case: str) -> list[str]:
 def measure(arguments: list[str], steps: int) -> dict:
     """Trains `steps` steps after the warm-up; returns what they took. A collective."""
     with tempfile.TemporaryDirectory() as folder:
-        main.set_up(["data_config.source=random", f"train_config.output_dir={folder}", *arguments])
-    if not dist.is_initialized():
-        main.init_env()
-    device_mesh = main.build_mesh()
-    torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    model = main.parallelize_model(main.build_llama_model(), device_mesh)
-    model.train()
-    optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
-    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-    prepare = functools.partial(main.prepare_step, device_mesh, model.config, stream=stream)
-
-    step, times = prepare(0), []
-    for train_iter in range(WARMUP_STEPS + steps):
-        start = time.perf_counter()
-        plan_ms = step.plan_seconds * 1e3
-        *_, step = main.train_step(
-            *(model, optimizer, lr_scheduler, device_mesh, step),
-            prepare_next=functools.partial(prepare, train_iter + 1),
-        )
-        times.append(time.perf_counter() - start)
-    times = sorted(times[WARMUP_STEPS:])
-
+        # One step more than are trained: the last of a run saves a checkpoint.
+        train_iters = WARMUP_STEPS + steps
+        fixed = {"data_config.source": "random", "train_config.train_iters": train_iters + 1}
+        fixed |= {"train_config.checkpoint_interval": 0, "train_config.output_dir": folder}
+        main.set_up([*(f"{name}={value}" for name, value in fixed.items()), *arguments])
+        if not dist.is_initialized():
+            main.init_env()
+        device_mesh = main.build_mesh()
+        torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        model = main.parallelize_model(main.build_llama_model(), device_mesh)
+        optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
+        main.train(model, optimizer, lr_scheduler, device_mesh, train_iters)
+        records = [[]]
+        if metrics.rank() == 0:
+            with open(f"{folder}/metrics.jsonl") as file:
+                records = [[json.loads(line) for line in file][WARMUP_STEPS:]]
+        dist.broadcast_object_list(records)
+    (records,) = records
+    times = sorted(record["step_ms"] / 1e3 for record in records)
     tokens = main.data_config["seqlen"] * main.data_config["batch_size"]
-    world_size, median = dist.get_world_size(), statistics.median(times)
-    flops = metrics.training_flops(model.config, tokens, step.area) / world_size
     limit = kernel_seconds(model.config, device_mesh)
-    peak = metrics.peak_flops()
     return {
-        "tokens_per_s": tokens / median,
+        "tokens_per_s": tokens / statistics.median(times),
         "tokens_per_s_range": [tokens / times[-1], tokens / times[0]],
-        "step_ms": median * 1e3,
+        "step_ms": statistics.median(times) * 1e3,
         "steps": steps,
-        "mfu": flops / median / peak if peak else None,
+        "mfu": statistics.median(r["mfu"] for r in records) if records[0]["mfu"] else None,
         "kernel_bound_tokens_per_s": tokens / limit if limit else None,
-        "peak_memory_gib": metrics.peak_memory_gib(),
-        "plan_ms": plan_ms,
-        "world_size": world_size,
+        "peak_memory_gib": max(record["peak_memory_gib"] for record in records),
+        "plan_ms": statistics.median(record["plan_ms"] for record in records),
+        "loss": records[-1]["loss"],
+        "world_size": dist.get_world_size(),
         "machine": metrics.describe_machine(),
         "config": copy.deepcopy(llama_pretrain_config.sections()),
     }
@@ -245,7 +242,8 @@ def run(options: argparse.Namespace) -> None:
     for name in names or ["custom"]:
         for section, values in llama_pretrain_config.sections().items():
             values.update(copy.deepcopy(before[section]))
-        result = measure([*(overrides(name) if names else []), *changes], options.steps)
+        case_arguments, steps = (overrides(name), CASES[name][-1]) if names else ([], 10)
+        result = measure([*case_arguments, *changes], options.steps or steps)
         result |= {"case": name, "backend": main.parallel_config["context_parallel_backend"]}
         if metrics.rank() == 0:
             with open(options.results, "a") as file:
@@ -262,7 +260,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("arguments", nargs="*", metavar="CASE or SECTION.KEY=VALUE")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps of a case")
+    parser.add_argument("--steps", type=int, help="measured steps, instead of each case's own")
     parser.add_argument("--results", default="results.jsonl")
     parser.add_argument("--plot", default="docs/benchmark.png")
     parser.add_argument("--report", action="store_true", help="only the table and the plot")

@@ -221,6 +221,18 @@ class Checkpointer:
             )
         return 0
 
+    def is_any_stopping(self) -> bool:
+        """Returns whether any rank is `stopping`. A collective, on the CPU."""
+        stopping = torch.tensor(float(self.stopping))
+        dist.all_reduce(stopping)
+        return bool(stopping > 0)
+
+    def is_due(self, step: int, stop: bool) -> bool:
+        """Returns whether `after_step`, with these arguments, saves."""
+        interval = self.train_config["checkpoint_interval"]
+        is_last = stop or step == self.train_config["train_iters"]
+        return is_last or (interval > 0 and step % interval == 0)
+
     def after_step(self, step: int, stop: bool) -> float:
         """Saves where a checkpoint is due; returns the seconds that training stood still for it.
 
@@ -231,9 +243,7 @@ class Checkpointer:
         start = time.perf_counter()
         if self.saving is not None and self.saving.done():
             self._settle()
-        last = stop or step == self.train_config["train_iters"]
-        interval = self.train_config["checkpoint_interval"]
-        if not last and (interval == 0 or step % interval):
+        if not self.is_due(step, stop):
             return 0.0
         self._settle()
         if self.failed_for_good:
@@ -250,7 +260,7 @@ class Checkpointer:
             storage_writer=self.writer,
             process_group=self.group,
         )
-        if last:
+        if stop or step == self.train_config["train_iters"]:
             self._settle()
             if self.failure:
                 raise CheckpointError(self.failure)

@@ -26,6 +26,7 @@ import heapq
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -41,8 +42,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-MIN_CHUNKS_PER_RANK = 8  # as in magi_attention: shorter sequences get smaller chunks
+MIN_CHUNKS_PER_RANK = 4  # of shorter sequences the chunks are smaller
 FLEX_BLOCK_SIZE = 128  # FlexAttention's tile, in tokens
+# Where magi_attention's own default is slower; what is set in the environment stays.
+MAGI_ATTENTION_ENVIRONMENT = {
+    "MAGI_ATTENTION_MIN_CHUNKS_PER_RANK": str(MIN_CHUNKS_PER_RANK),
+    "MAGI_ATTENTION_FFA_FORWARD_SM_MARGIN": "0",  # multiprocessors left to communication
+    "MAGI_ATTENTION_FFA_BACKWARD_SM_MARGIN": "0",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,6 +68,8 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
     if requested != "native":
         obstacle = _magi_attention_obstacle(head_dim, dtype, device)
         if obstacle is None:
+            for name, value in MAGI_ATTENTION_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
             version = importlib.import_module("magi_attention").__version__ or "unknown"
             return "magi_attention", f"version {version}, {requested}"
         if requested == "magi_attention":

@@ -62,7 +62,7 @@ train_config = dict(
 parallel_config = dict(
     context_parallel_size=2,  # cp: ranks that share a sequence; dp is world size / cp
     context_parallel_backend="auto",  # `auto`, `magi_attention` or `native`
-    chunk_size=2048,  # tokens per chunk at the most: smaller balances better, larger runs faster
+    chunk_size=4096,  # tokens per chunk at the most: smaller balances better, larger runs faster
 )
 
 RULES = {

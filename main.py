@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
@@ -150,6 +150,7 @@ def build_optimizer(
     )
     warmup, train_iters = optimizer_config["warmup_iters"], train_config["train_iters"]
     floor = optimizer_config["min_learning_rate_ratio"]
+    optimizer.found_inf = torch.zeros((), device=matrices[0].device)  # see `train_step`
 
     def learning_rate_factor(train_iter: int) -> float:
         if train_iter < warmup:
@@ -295,37 +296,26 @@ def train_step(
     lr_scheduler: LambdaLR,
     device_mesh: DeviceMesh,
     step: Step,
-    prepare_next: Callable[[], Step],
-    is_stopping: Callable[[], bool] = lambda: False,
-) -> tuple[float, float, bool, Step]:
-    """Trains one step; returns its loss, its gradient norm, whether any rank is stopping, and
-    what prepare_next returned, which is called while the GPU works.
+) -> Tensor:
+    """Queues one training step and waits for nothing; returns [loss, gradient norm], float64.
 
-    Raises FloatingPointError, with the weights unchanged, if loss or gradient norm is not finite.
+    If one of them is not finite, this step and those after it leave the weights as they are.
     """
-    loss_sum = forward_backward(model, step, device_mesh)
+    loss_sum = forward_backward(model, step, device_mesh).double()
+    dist.all_reduce(loss_sum, group=dp_cp_mesh(device_mesh).get_group())
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     grad_norm = nn.utils.get_total_norm(grads).full_tensor()
-    # Together, so that all ranks leave after the same step.
-    totals = torch.stack([loss_sum, torch.full_like(loss_sum, is_stopping())]).double()
-    dist.all_reduce(totals, group=dp_cp_mesh(device_mesh).get_group())
 
-    # Clipping and the refusal of what is not finite happen on the device, where AdamW's fused
-    # kernel divides gradients by grad_scale and changes nothing if found_inf is 1.
+    # AdamW's fused kernel divides the gradients by grad_scale, and does nothing if found_inf is 1:
+    # clipping, and the refusal of what is not finite, on the device.
     max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
     optimizer.grad_scale = (grad_norm / max_norm).clamp(min=1.0)
-    optimizer.found_inf = (~(totals[0] + grad_norm).isfinite()).float()
+    is_bad = ~(loss_sum + grad_norm).isfinite()
+    optimizer.found_inf = torch.maximum(optimizer.found_inf, is_bad.float())
     optimizer.step()
-    next_step = prepare_next()
-
-    # The one wait for results. Until here `step` has to live: its memory belongs to the stream of
-    # prepare_next, which would use it again at once.
-    total_loss, stop, norm = torch.stack([*totals, grad_norm.double()]).tolist()
-    loss = total_loss / max(1.0, step.num_labels)
-    metrics.check_finite(lr_scheduler.last_epoch + 1, loss, norm, loss_sum, model)
     lr_scheduler.step()
     optimizer.zero_grad()
-    return loss, norm, stop > 0, next_step
+    return torch.stack([loss_sum / max(1.0, step.num_labels), grad_norm.double()])
 
 
 @torch.no_grad()
@@ -356,47 +346,59 @@ def train(
 ) -> None:
     """Trains up to step train_iters, from the checkpoint that is there, and logs each step.
 
-    Raises FloatingPointError, of `train_step`, and CheckpointError if what should be resumed or
-    saved cannot be.
+    On a GPU a step is logged when the next one is queued, unless something waits for it.
+
+    Raises FloatingPointError, with the weights unchanged, if a loss or gradient norm is not finite,
+    and CheckpointError if what should be resumed or saved cannot be.
     """
     model.train()
     checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config(), log)
     first_iter = checkpointer.resume()
-    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+    on_gpu = torch.cuda.is_available()
+    stream = torch.cuda.Stream() if on_gpu else None
     prepare = partial(prepare_step, device_mesh, model.config, stream=stream)
     eval_interval, save_seconds = train_config["eval_interval"], 0.0
+    queue = deque()  # of steps that the GPU works on while the host prepares and queues the next
     with closing(metrics.MetricsWriter(run_config(), first_iter, device_mesh.size())) as writer:
-        step_start = time.perf_counter()
+        start = metrics.now()
         step = prepare(first_iter)
         for train_iter in range(first_iter, train_iters):
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            loss, grad_norm, stop, next_step = train_step(
-                *(model, optimizer, lr_scheduler, device_mesh, step),
-                prepare_next=partial(prepare, train_iter + 1),
-                is_stopping=lambda: checkpointer.stopping,
-            )
-            step_seconds = time.perf_counter() - step_start
-            step_start += step_seconds
-            eval_loss = None
-            is_last = train_iter + 1 == train_iters
-            if eval_interval and (is_last or (train_iter + 1) % eval_interval == 0):
-                eval_loss = evaluate(model, device_mesh)
-                step_start = time.perf_counter()  # no step's time holds an evaluation
-            writer.write(
+            record = dict(
                 step=train_iter + 1,
-                loss=loss,
-                grad_norm=grad_norm,
-                learning_rate=learning_rate,
+                learning_rate=lr_scheduler.get_last_lr()[0],
                 num_labels=int(step.num_labels),
                 area=step.area,
-                step_seconds=step_seconds,
                 plan_seconds=step.plan_seconds,
                 data_seconds=step.data_seconds,
                 save_seconds=save_seconds,
-                eval_loss=eval_loss,
             )
+            results = train_step(model, optimizer, lr_scheduler, device_mesh, step)
+            results = results.to("cpu", non_blocking=True)
+            # The step itself waits there, too: its memory is of prepare's stream, which would use
+            # it again while the kernels still read it.
+            queue.append((record, step, results, metrics.now()))
+            writer.step_is_queued()
+            step = prepare(train_iter + 1)
+            stop = checkpointer.is_any_stopping()  # so that all ranks leave after the same step
+
+            is_last = train_iter + 1 == train_iters
+            evaluates = eval_interval and (is_last or (train_iter + 1) % eval_interval == 0)
+            due = is_last or evaluates or checkpointer.is_due(train_iter + 1, stop)
+            while len(queue) > (1 if on_gpu and not due else 0):
+                record, done, results, end = queue.popleft()
+                record["step_seconds"] = metrics.seconds_between(
+                    start, end
+                )  # the one wait of a step
+                record["loss"], record["grad_norm"] = results.tolist()
+                start = end
+                metrics.check_finite(
+                    record, model, partial(forward_backward, model, done, device_mesh)
+                )
+                if evaluates and not queue:
+                    record["eval_loss"] = evaluate(model, device_mesh)
+                    start = metrics.now()  # no step's time holds an evaluation
+                writer.write(**record)
             save_seconds = checkpointer.after_step(train_iter + 1, stop)
-            step = next_step
             if stop:
                 break
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, BinaryIO, NoReturn
 
@@ -135,15 +136,17 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def check_finite(
-    step: int, loss: float, grad_norm: float, loss_sum: Tensor, model: nn.Module
-) -> None:
+def check_finite(record: dict[str, Any], model: nn.Module, run_again: Callable[[], Tensor]) -> None:
     """Raises FloatingPointError if loss or grad_norm is not finite, with what each rank knows.
 
-    loss_sum: this rank's own. A collective over all ranks where it raises.
+    record: of a step that has not changed the weights if one of them is not finite. run_again:
+    computes its gradients once more and returns this rank's loss sum. A collective over all ranks
+    where it raises.
     """
+    step, loss, grad_norm = record["step"], record["loss"], record["grad_norm"]
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
+    loss_sum = run_again()
     bad = [
         name
         for name, param in model.named_parameters()
@@ -157,6 +160,23 @@ def check_finite(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the "
         f"weights were changed. " + "; ".join(f"rank {r}: {s}" for r, s in enumerate(states))
     )
+
+
+def now() -> torch.cuda.Event | float:
+    """Returns this moment: with a GPU an event behind all that is queued, else the clock."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Waits until `end` has come; returns the seconds from start to it, both of `now`."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def make_output_dir(output_dir: str) -> None:
@@ -263,6 +283,9 @@ class MetricsWriter:
                         self.tensorboard.add_scalar(name, value, step)
         except OSError as error:  # a full disk: the next step tries again
             log(f"warning: the metrics of step {step} could not be written: {error}")
+
+    def step_is_queued(self) -> None:
+        """Tells the profiler that a step ends here, for the host."""
         if self.profiler is not None:
             self.profiler.step()
 
