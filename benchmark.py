@@ -16,6 +16,7 @@ import copy
 import functools
 import gc
 import json
+import math
 import statistics
 import tempfile
 
@@ -182,8 +183,7 @@ def table(results: list[dict]) -> str:
         speed, limit = result["tokens_per_s"], result["kernel_bound_tokens_per_s"]
         low, high = result["tokens_per_s_range"]
         titan, example = TORCHTITAN.get(case), MAGI_EXAMPLE.get(case)
-        same_machine = world_size == 2 and "H200" in result["machine"]["device"]
-        titan, example = (titan, example) if same_machine else (None, None)
+        titan, example = (titan, example) if is_peer_s_machine(result) else (None, None)
         cells = [
             case,
             f"{backend}, {world_size}",
@@ -200,33 +200,46 @@ def table(results: list[dict]) -> str:
 
 
 def draw(results: list[dict], plot: str) -> None:
-    """Draws tokens/s and MFU over the sequence's length, a line for each backend and mask."""
+    """Draws tokens/s and MFU over the sequence's length, a line for each backend and mask.
+
+    Crosses in a line's color are torchtitan's figures for its cases.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    newest = {(r["case"], r["backend"], r["world_size"]): r for r in results}
     series: dict[str, list[tuple]] = {}
-    for result in results:
+    for (case, backend, world_size), result in newest.items():
         data = result["config"]["data_config"]
         mask = "documents" if data["random_document_length"] else "causal"
         recomputation = result["config"]["train_config"]["activation_checkpointing"]
-        point = (data["seqlen"], result["tokens_per_s"], result["mfu"])
-        series.setdefault(f"{result['backend']}, {mask}, {recomputation}", []).append(point)
+        label = f"{backend}, {world_size} GPUs, {mask}, recomputation {recomputation}"
+        mfu = 100 * (result["mfu"] or math.nan)
+        peer = TORCHTITAN.get(case, math.nan) if is_peer_s_machine(result) else math.nan
+        series.setdefault(label, []).append((data["seqlen"], result["tokens_per_s"], mfu, peer))
     for label, points in series.items():
-        lengths, speeds, mfus = zip(*sorted(points), strict=True)
-        left.plot(lengths, speeds, "o-", label=label, linewidth=1.2)
-        if None not in mfus:
-            right.plot(lengths, [100 * mfu for mfu in mfus], "o-", linewidth=1.2)
-    left.set_ylabel("tokens/s, all GPUs")
+        lengths, speeds, mfus, peers = zip(*sorted(points), strict=True)
+        (line,) = left.plot(lengths, speeds, "o-", label=label, linewidth=1.2)
+        left.plot(lengths, peers, "x", color=line.get_color(), markersize=9)
+        right.plot(lengths, mfus, "o-", linewidth=1.2)
+    lengths = sorted({point[0] for points in series.values() for point in points})
+    left.set_ylabel("tokens/s, all GPUs (x: torchtitan)")
     right.set_ylabel("MFU, %")
-    left.legend(frameon=False, fontsize=8)
     for axes in (left, right):
-        axes.set(xlabel="tokens per row", xscale="log", ylim=(0, None))
+        axes.set(xlabel="tokens per row", xscale="log", ylim=(0, 1.08 * axes.get_ylim()[1]))
+        axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(plot, dpi=150)
+
+
+def is_peer_s_machine(result: dict) -> bool:
+    return result["world_size"] == 2 and "H200" in result["machine"]["device"]
 
 
 def run(options: argparse.Namespace) -> None:
