@@ -9,23 +9,23 @@ them, chosen so that every rank has about the same number of (query, key) pairs 
     cp rank 0                2                 5     6           8     9
     cp rank 1    0     1           3     4                 7
 
-(Few, large chunks for the picture; a rank has at least `MIN_CHUNKS_PER_RANK`.)
+The chunks are as large as the balance of the ranks allows (`balanced_chunk_size`): every cut costs.
 
 The functions below that carry the names of `magi_attention.api` take the arguments that we use,
 with the same meaning, so that a caller can hold either (`load_api`). `native` gathers K and V of
-all ranks (before any repetition for grouped-query attention), computes its own queries' attention,
-and in backward reduce-scatters the gradients of K and V, in the compute type: the way of Llama 3
-(https://arxiv.org/abs/2407.21783, section 3.3.2).
+all ranks (before any repetition for grouped-query attention) while its queries attend to their own
+rank's keys, then to the others', and in backward reduce-scatters the gradients of K and V, in the
+compute type: the way of Llama 3 (https://arxiv.org/abs/2407.21783, section 3.3.2).
 
 Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `nh` heads, `nkv` key/value
 heads, `hd` head_dim.
 """
 
-import functools
 import heapq
 import importlib
 import importlib.machinery
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -36,17 +36,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+import fused_attention
+from fused_attention import Block
 
 # torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-MIN_CHUNKS_PER_RANK = 4  # of shorter sequences the chunks are smaller
-FLEX_BLOCK_SIZE = 128  # FlexAttention's tile, in tokens
+MAX_IMBALANCE = 1.03  # largest over mean area of the ranks for which chunks are not cut smaller
+MAX_BLOCK_SIZE = 65_536  # tokens of several documents that one kernel call takes at the most
+MIN_CHUNK_SIZE = 16  # tokens; below it they are not cut either
 # Where magi_attention's own default is slower; what is set in the environment stays.
 MAGI_ATTENTION_ENVIRONMENT = {
-    "MAGI_ATTENTION_MIN_CHUNKS_PER_RANK": str(MIN_CHUNKS_PER_RANK),
+    "MAGI_ATTENTION_MIN_CHUNKS_PER_RANK": "1",  # `balanced_chunk_size` knows how many it takes
     "MAGI_ATTENTION_FFA_FORWARD_SM_MARGIN": "0",  # multiprocessors left to communication
     "MAGI_ATTENTION_FFA_BACKWARD_SM_MARGIN": "0",
 }
@@ -78,9 +81,10 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
                 f"{obstacle}. Mend that, or choose 'native' or 'auto'"
             )
         reason = f"magi_attention cannot run: {obstacle}"
-    if device == "cuda" and head_dim < 16:
+    if device == "cuda" and (head_dim % 8 or head_dim > 256):
         raise ValueError(
-            f"FlexAttention, native on a GPU, takes a head_dim of 16 and more, not {head_dim}"
+            f"PyTorch's kernels, native on a GPU, take a head_dim that is a multiple of 8, 256 at "
+            f"the most, not {head_dim}"
         )
     return "native", reason
 
@@ -130,7 +134,7 @@ def load_api(backend: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """chunk_size: tokens per chunk at the most (on a GPU rounded up to whole tiles of 128)."""
+    """chunk_size: tokens per chunk at the most; every rank gets at least one chunk."""
 
     chunk_size: int = 512
 
@@ -142,11 +146,7 @@ class DistAttnConfig:
 
 @dataclass(frozen=True, eq=False)
 class DistAttnRuntimeKey:
-    """What the cp ranks agreed on for one packed sequence.
-
-    What a query sees is one interval of the stream, whatever the mask: from its document's first
-    token to itself (causal) or to its document's last (full). A padding token sees nothing.
-    """
+    """What the cp ranks agreed on for one packed sequence, and this rank's share of the work."""
 
     cp_group: dist.ProcessGroup
     total_seqlen: int  # tokens without padding
@@ -155,9 +155,9 @@ class DistAttnRuntimeKey:
     partitions: list[list[int]]  # for each cp rank, its chunks, ascending
     order: Tensor  # [S], stream positions in the order in which the ranks hold them
     inverse_order: Tensor  # [S], where each stream position is in that order
-    seen_from: Tensor  # [S], by stream position: the first key a query sees
-    seen_to: Tensor  # [S], by stream position: one past the last
-    block_mask: BlockMask | None  # for FlexAttention, on a GPU
+    local_blocks: list[Block]  # each piece of a document that this rank has, with itself
+    stream_blocks: list[Block]  # and with the other parts of its document, slices of the stream
+    gathers: bool  # whether any rank has stream blocks, so that K and V have to be gathered
 
 
 def magi_attn_varlen_key(
@@ -189,43 +189,138 @@ def magi_attn_varlen_key(
     cp_group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
     cp_size = dist.get_world_size(cp_group)
 
-    on_gpu = torch.cuda.is_available()
     total_seqlen = int(cu_seqlens_q[-1])
-    auto_chunk_size = -(-total_seqlen // (MIN_CHUNKS_PER_RANK * cp_size))
-    chunk_size = min(dist_attn_config.dispatch_config.chunk_size, auto_chunk_size)
-    if on_gpu:  # whole tiles
-        chunk_size = -(-chunk_size // FLEX_BLOCK_SIZE) * FLEX_BLOCK_SIZE
+    chunk_size = min(dist_attn_config.dispatch_config.chunk_size, -(-total_seqlen // cp_size))
     pad_size = -total_seqlen % (chunk_size * cp_size)
-
-    positions = torch.arange(total_seqlen)
-    starts, ends = cu_seqlens_q[:-1].long(), cu_seqlens_q[1:].long()
-    documents = torch.searchsorted(ends, positions, right=True)
-    seen_from = F.pad(starts[documents], (0, pad_size))
-    seen_to = F.pad(positions + 1 if causal else ends[documents], (0, pad_size))
-
-    chunk_areas = (seen_to - seen_from).view(-1, chunk_size).sum(dim=1)
-    partitions = balanced_partitions(chunk_areas.tolist(), cp_size)
+    partitions = balanced_partitions(
+        _chunk_areas(cu_seqlens_q, chunk_size, causal, cp_size), cp_size
+    )
     chunks = torch.tensor(partitions).flatten()
     order = (chunks[:, None] * chunk_size + torch.arange(chunk_size)).flatten()
 
-    block_mask = None
-    if on_gpu:
-        device = torch.device("cuda", torch.cuda.current_device())
-        order, seen_from, seen_to = (x.to(device) for x in (order, seen_from, seen_to))
-        local = order.chunk(cp_size)[dist.get_rank(cp_group)]
-        block_mask = _block_mask(seen_from[local], seen_to[local], key_positions=order)
+    pieces = [_pieces(cu_seqlens_q, chunk_size, chunks_of_rank) for chunks_of_rank in partitions]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = pieces[dist.get_rank(cp_group)]
     return DistAttnRuntimeKey(
         cp_group=cp_group,
         total_seqlen=total_seqlen,
         pad_size=pad_size,
         chunk_size=chunk_size,
         partitions=partitions,
-        order=order,
-        inverse_order=torch.argsort(order),
-        seen_from=seen_from,
-        seen_to=seen_to,
-        block_mask=block_mask,
+        order=order.to(device),
+        inverse_order=torch.argsort(order).to(device),
+        local_blocks=_local_blocks(own, causal, device),
+        stream_blocks=_stream_blocks(own, causal, chunk_size, device),
+        gathers=any(_stream_blocks(of_rank, causal, chunk_size, "cpu") for of_rank in pieces),
     )
+
+
+def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
+    """Returns the largest chunk size, in tokens, with which the ranks are balanced.
+
+    cu_seqlens: [documents + 1], on the CPU. It tries 1, 2, 4, ... chunks per rank: of one causal
+    document two are enough (the first with the last), of many documents often one, and then those
+    that a rank has whole need nothing of the others.
+    """
+    total_seqlen = int(cu_seqlens[-1])
+    best = (math.inf, 1)
+    chunks_per_rank = 1
+    while True:
+        chunk_size = -(-total_seqlen // (chunks_per_rank * cp_size))
+        areas = _chunk_areas(cu_seqlens, chunk_size, causal, cp_size)
+        loads = [sum(areas[c] for c in chunks) for chunks in balanced_partitions(areas, cp_size)]
+        imbalance = max(loads) * cp_size / sum(loads)
+        best = min(best, (imbalance, chunk_size))
+        if imbalance <= MAX_IMBALANCE or chunk_size <= MIN_CHUNK_SIZE:
+            return best[1]
+        chunks_per_rank *= 2
+
+
+def _chunk_areas(cu_seqlens: Tensor, chunk_size: int, causal: bool, cp_size: int) -> list[int]:
+    """Returns how many (query, key) pairs of the mask each chunk has, padding chunks none."""
+    total_seqlen = int(cu_seqlens[-1])
+    num_chunks = -(-total_seqlen // (chunk_size * cp_size)) * cp_size
+    lengths = cu_seqlens.long().diff()
+    areas = lengths * (lengths + 1) // 2 if causal else lengths * lengths
+    before = F.pad(areas.cumsum(0), (1, 0))  # the area of all documents before each
+    bounds = (torch.arange(num_chunks + 1) * chunk_size).clamp(max=total_seqlen)
+    document = torch.searchsorted(cu_seqlens[1:].long(), bounds, right=True)
+    document = document.clamp(max=len(lengths) - 1)
+    into = bounds - cu_seqlens[document]
+    part = into * (into + 1) // 2 if causal else into * lengths[document]
+    return (before[document] + part).diff().tolist()
+
+
+def _pieces(cu_seqlens: Tensor, chunk_size: int, chunks: list[int]) -> list[list[int]]:
+    """Returns what a rank has of each document in one piece, in the order in which it holds them.
+
+    Each is [where it begins and ends in the stream, where its document does]. Pieces in
+    neighbouring chunks join. Padding is no piece; it stands behind all of them.
+    """
+    begin = torch.tensor(chunks) * chunk_size
+    end = (begin + chunk_size).clamp(max=int(cu_seqlens[-1]))
+    is_joined = begin[1:] == end[:-1]
+    begin, end = begin[~F.pad(is_joined, (1, 0))], end[~F.pad(is_joined, (0, 1))]
+    begin, end = begin[begin < end], end[begin < end]
+    bounds = torch.cat([begin, end, cu_seqlens.long()]).unique()
+    run = torch.searchsorted(begin, bounds[:-1], right=True) - 1  # of chunks, that begins before
+    first, last = bounds[:-1], bounds[1:]
+    is_held = (
+        (run >= 0) & (first < end[run]) if len(end) else torch.zeros_like(run, dtype=torch.bool)
+    )
+    first, last = first[is_held], last[is_held]
+    document = torch.searchsorted(cu_seqlens[1:].long(), first, right=True)
+    ends = cu_seqlens.long()[document], cu_seqlens.long()[document + 1]
+    return torch.stack([first, last, *ends], dim=1).tolist()
+
+
+def _local_blocks(pieces: list[list[int]], causal: bool, device: str) -> list[Block]:
+    """Returns the pieces of documents that a rank has, each with its own keys.
+
+    As many in a block as MAX_BLOCK_SIZE allows: a kernel's backward needs four times the memory of
+    its queries for sums in float32.
+    """
+    groups, room = [], 0
+    for first, last, _, _ in pieces:
+        if last - first > room:
+            groups.append([])
+            room = MAX_BLOCK_SIZE
+        groups[-1].append(last - first)
+        room -= last - first
+    blocks, row = [], 0
+    for lengths in groups:
+        rows = slice(row, row + sum(lengths))
+        blocks.append(_block(rows, rows, lengths, lengths, causal, len(set(lengths)) == 1, device))
+        row = rows.stop
+    return blocks
+
+
+def _stream_blocks(
+    pieces: list[list[int]], causal: bool, chunk_size: int, device: str
+) -> list[Block]:
+    """Returns, of each piece whose document is cut, the block with what is before it in the stream,
+    and without a causal mask also that with what is behind it.
+    """
+    blocks, row = [], 0
+    for first, last, document_first, document_last in pieces:
+        length = last - first
+        seen = [slice(document_first, first)]
+        seen += [] if causal else [slice(last, document_last)]
+        for keys in seen:
+            if num_keys := keys.stop - keys.start:
+                recurs = length % chunk_size == num_keys % chunk_size == 0
+                rows = slice(row, row + length)
+                blocks.append(_block(rows, keys, [length], [num_keys], False, recurs, device))
+        row += length
+    return blocks
+
+
+def _block(queries, keys, lengths_q, lengths_k, causal, recurs, device) -> Block:
+    cu_seqlens = (
+        torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        for lengths in (lengths_q, lengths_k)
+    )
+    return Block(queries, keys, lengths_q, lengths_k, causal, recurs, *cu_seqlens)
 
 
 def balanced_partitions(areas: list[int], cp_size: int) -> list[list[int]]:
@@ -281,7 +376,7 @@ def undispatch(x: Tensor, key: DistAttnRuntimeKey) -> Tensor:
 
     Every cp rank gets it, and in backward each takes its own rows of the gradient.
     """
-    gathered = _Gather.apply(x, key.cp_group, False)
+    gathered = _Gather.apply(x, key.cp_group)
     return gathered.index_select(0, key.inverse_order)[: key.total_seqlen]
 
 
@@ -311,25 +406,17 @@ class _KeepLocal(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Forward: all-gather along the first dimension.
-
-    Backward: reduce-scatter where every rank used the whole tensor for queries of its own
-    (`sum_gradients`), this rank's slice where all ranks did the same with it.
-    """
+    """Forward: all-gather along the first dimension. Backward: this rank's slice."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup, sum_gradients: bool) -> Tensor:
-        ctx.group, ctx.sum_gradients = group, sum_gradients
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
         return _all_gather(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        local = _local_slice(grad, ctx.group).contiguous()
-        if ctx.sum_gradients:
-            local = torch.empty_like(local)
-            reduce_scatter_single(local, grad.contiguous(), group=ctx.group)
-        return local, None, None
+        return _local_slice(grad, ctx.group).contiguous(), None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,100 +434,100 @@ def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple
         # Strided inputs can give NaN gradients without a word in magi_attention 1.1.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return load_api("magi_attention").calc_attn(q, k, v, key)
-    if dist.get_world_size(key.cp_group) > 1:
-        kv = torch.stack([k, v], dim=1)  # one collective for both
-        kv = _Gather.apply(kv, key.cp_group, True)  # [S, 2, nkv, hd], in the ranks' order
-        k, v = kv.unbind(dim=1)
-    if key.block_mask is not None:
-        return _flex_attention(q, k, v, key.block_mask), None
-    k, v = (x.index_select(0, key.inverse_order) for x in (k, v))
-    return _sdpa_attention(q, k, v, key), None
+    return _NativeAttention.apply(q, k, v, key), None
 
 
-def _sdpa_attention(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> Tensor:
-    """Attention chunk by chunk against the keys in stream order that the chunk's queries see.
+class _NativeAttention(torch.autograd.Function):
+    """The local blocks while K and V are gathered, then the blocks on the stream.
 
-    q: [s, nh, hd]; k, v: [S, nkv, hd]; returns [s, nh, hd].
+    Gathered keys are not kept for backward, which gathers them again: they are of all ranks.
     """
-    outs = []
-    local_chunks = key.partitions[dist.get_rank(key.cp_group)]
-    for chunk, q_chunk in zip(local_chunks, q.split(key.chunk_size), strict=True):
-        # Padding is left out, at the end of a chunk or as a whole one. Even then the empty product
-        # stands in the graph: this rank has to join the reduce-scatter of backward.
-        start = min(chunk * key.chunk_size, key.total_seqlen)
-        end = min(start + key.chunk_size, key.total_seqlen)
-        seen_from, seen_to = key.seen_from[start:end], key.seen_to[start:end]
-        # Both grow along the stream.
-        first, last = (int(seen_from[0]), int(seen_to[-1])) if start < end else (0, 0)
-        keys = torch.arange(first, last)
-        mask = (keys >= seen_from[:, None]) & (keys < seen_to[:, None])
-        out = F.scaled_dot_product_attention(
-            q_chunk[: end - start].transpose(0, 1)[None],  # [1, nh, queries, hd]
-            k[first:last].transpose(0, 1)[None],
-            v[first:last].transpose(0, 1)[None],
-            attn_mask=mask,
-            enable_gqa=True,
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> Tensor:
+        gathered = _start_gather(k, v, key)
+        out, log_sums, ctx.states = None, [], []
+        for block in key.local_blocks:
+            part, log_sum, state = fused_attention.forward(block, q, k, v)
+            out = _put(part, block.queries, out, len(q))
+            log_sums.append(log_sum)
+            ctx.states.append(state)
+        out = torch.zeros_like(q) if out is None else out  # this rank has nothing but padding
+        log_sum = torch.cat(log_sums, dim=1) if log_sums else None
+        if gathered is not None:
+            k_stream, v_stream = gathered()
+            for block in key.stream_blocks:
+                rows = block.queries
+                *part, state = fused_attention.forward(block, q, k_stream, v_stream)
+                out[rows], log_sum[:, rows] = fused_attention.join(
+                    out[rows], log_sum[:, rows], *part
+                )
+                ctx.states.append(state)
+        ctx.key = key
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        key, states = ctx.key, iter(ctx.states)
+        q, k, v, out, log_sum = ctx.saved_tensors
+        saved = (grad.contiguous(), q, k, v, out, log_sum)
+        gathered = _start_gather(k, v, key)
+        gradients = [None, None, None]
+        for block in key.local_blocks:
+            parts = fused_attention.backward(block, *saved, next(states))
+            for i, part in enumerate(parts):
+                gradients[i] = _put(part, block.queries, gradients[i], len(q))
+        dq, dk, dv = (
+            torch.zeros_like(x) if dx is None else dx
+            for x, dx in zip((q, k, v), gradients, strict=True)
         )
-        out = out[0].transpose(0, 1)
-        outs.append(F.pad(out, (0, 0, 0, 0, 0, len(q_chunk) - len(out))))
-    return torch.cat(outs)
+        if gathered is None:
+            return dq, dk, dv, None
+        k_stream, v_stream = gathered()
+        saved = (saved[0], q, k_stream, v_stream, out, log_sum)
+        # Several blocks can see the same keys: their gradients add up in float32 at least.
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        dkv = k.new_zeros(len(k_stream), 2, *k.shape[1:], dtype=dtype)
+        for block in key.stream_blocks:
+            part_q, part_k, part_v = fused_attention.backward(block, *saved, next(states))
+            dq[block.queries] += part_q
+            dkv[block.keys, 0] += part_k
+            dkv[block.keys, 1] += part_v
+        dkv = dkv.to(k.dtype).index_select(0, key.order)
+        local = dkv.new_empty(len(k), *dkv.shape[1:])
+        reduce_scatter_single(local, dkv, group=key.cp_group)
+        return dq, dk + local[:, 0], dv + local[:, 1], None
 
 
-@functools.cache
-def _compiled_flex_attention():
-    # dynamic=False: for a second shape it would compile a kernel for all, half as fast.
-    # fullgraph=True: past so many shapes it would go on uncompiled, with whole score matrices.
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-
-def _flex_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
-    """q: [s, nh, hd]; k, v: [S, nkv, hd], in the ranks' order; returns [s, nh, hd]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, hd]
-    out = _compiled_flex_attention()(q, k, v, block_mask=block_mask, enable_gqa=True)
-    return out[0].transpose(0, 1)
-
-
-def _block_mask(seen_from: Tensor, seen_to: Tensor, key_positions: Tensor) -> BlockMask:
-    """Builds FlexAttention's block mask from the intervals, without the [s, S] mask itself.
-
-    seen_from, seen_to: [s], the interval of the stream that each local query sees.
-    key_positions: [S], the stream position of each gathered key.
-
-    A tile of 128 queries x 128 keys is skipped if no query's interval can meet the tile's keys, is
-    taken without a mask if every query sees every key, and masked element by element otherwise.
+def _put(part: Tensor, rows: slice, total: Tensor | None, num_rows: int) -> Tensor:
+    """Returns total, which it makes if there is none, with the part as its rows. A part that is all
+    of them is returned as it is.
     """
-
-    def visible(batch, head, q_index, kv_index):
-        position = key_positions[kv_index]
-        return (position >= seen_from[q_index]) & (position < seen_to[q_index])
-
-    # An empty interval (padding) must neither widen its tile's hull nor pass for "sees all".
-    far = torch.iinfo(torch.int64).max
-    lower = torch.where(seen_from < seen_to, seen_from, far)
-    (from_min, from_max), (to_min, to_max) = _tile_range(lower), _tile_range(seen_to)
-    key_min, key_max = _tile_range(key_positions)
-    meets = (key_max >= from_min[:, None]) & (key_min < to_max[:, None])
-    covered = (key_min >= from_max[:, None]) & (key_max < to_min[:, None])
-
-    def tiles(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns per query tile how many key tiles are chosen, and which, those first."""
-        count = chosen.sum(dim=-1, dtype=torch.int32)
-        index = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
-        return count[None, None], index[None, None]
-
-    return BlockMask.from_kv_blocks(
-        *tiles(meets & ~covered),
-        *tiles(covered),
-        BLOCK_SIZE=FLEX_BLOCK_SIZE,
-        mask_mod=visible,
-        seq_lengths=(len(seen_from), len(key_positions)),
-    )
+    if len(part) == num_rows:
+        return part
+    if total is None:
+        total = part.new_zeros(num_rows, *part.shape[1:])
+    total[rows] = part
+    return total
 
 
-def _tile_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the smallest and the largest value of each tile of 128."""
-    tiles = x.view(-1, FLEX_BLOCK_SIZE)
-    return tiles.amin(dim=1), tiles.amax(dim=1)
+def _start_gather(k: Tensor, v: Tensor, key: DistAttnRuntimeKey):
+    """Starts to gather K and V. Returns what waits for it and gives both in the stream's order,
+    [S, nkv, hd] each; None where no rank needs them.
+    """
+    if not key.gathers:
+        return None
+    kv = torch.stack([k, v], dim=1)  # one collective for both
+    gathered = kv.new_empty(len(key.order), *kv.shape[1:])
+    work = all_gather_single(gathered, kv, group=key.cp_group, async_op=True)
+
+    def wait() -> tuple[Tensor, Tensor]:
+        work.wait()
+        return gathered.index_select(0, key.inverse_order).unbind(dim=1)
+
+    return wait
 
 
 # ---------------------------------------------------------------------------------------------

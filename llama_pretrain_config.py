@@ -62,7 +62,6 @@ train_config = dict(
 parallel_config = dict(
     context_parallel_size=2,  # cp: ranks that share a sequence; dp is world size / cp
     context_parallel_backend="auto",  # `auto`, `magi_attention` or `native`
-    chunk_size=4096,  # tokens per chunk at the most: smaller balances better, larger runs faster
 )
 
 RULES = {
@@ -119,7 +118,6 @@ SCHEMA = {
     "train_config.optimizer_config.max_clip_grad_norm": (float, "above 0, or inf for no clipping"),
     "parallel_config.context_parallel_size": (int, "at least 1"),
     "parallel_config.context_parallel_backend": (str, ("auto", "magi_attention", "native")),
-    "parallel_config.chunk_size": (int, "at least 1"),
 }
 
 

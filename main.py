@@ -38,7 +38,7 @@ from metrics import log
 from modeling_llama import LlamaForCausalLM
 from preflight import build_llama_config, open_token_source, run_config, set_up
 
-LAYERS_PER_GROUP = 4  # gathered together: fewer calls and larger messages, for a little memory
+LAYERS_PER_GROUP = 4  # gathered together where memory is not short: fewer and larger messages
 
 
 def init_env() -> None:
@@ -86,6 +86,9 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     group: two groups would split the weight in two, and its gradients with it. A head of its own
     is a group, so that its gradients are reduced while the layers' backward runs.
 
+    Recomputation says that memory is short: then each layer is gathered alone, and once more for
+    backward. Without it, four together, which stay whole from forward to backward.
+
     The weights are float32 and gradients are reduced in float32, whatever the compute type.
     cast_forward_inputs=False: FSDP's cast would try to copy the runtime key, which cannot be.
     """
@@ -94,10 +97,11 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    layers = list(model.model.layers)
-    for first in range(0, len(layers), LAYERS_PER_GROUP):
-        group = layers[first : first + LAYERS_PER_GROUP]
-        fully_shard(group, mesh=dp_cp, mp_policy=policy)
+    is_short = train_config["activation_checkpointing"] != "none"
+    layers, size = list(model.model.layers), 1 if is_short else LAYERS_PER_GROUP
+    for first in range(0, len(layers), size):
+        group = layers[first : first + size]
+        fully_shard(group, mesh=dp_cp, mp_policy=policy, reshard_after_forward=is_short)
     if not model.config.tie_word_embeddings:
         head = [model.model.norm, model.lm_head]  # used last, so kept for backward
         fully_shard(head, mesh=dp_cp, mp_policy=policy, reshard_after_forward=False)
@@ -206,6 +210,8 @@ def prepare_magi_attention(
     input_ids, labels = (x.to(device_mesh.device_type) for x in (input_ids, labels))
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     position_ids = (torch.arange(len(starts)) - starts).to(device_mesh.device_type)
+    cp_size = device_mesh["cp"].size()
+    chunk_size = context_parallel.balanced_chunk_size(cu_seqlens, config.is_causal, cp_size)
 
     # magi_attention deprecates this call; magi_attn_varlen_key (the same arguments without the
     # first) and dispatch replace it. It also wants pad_size=0, and the chunk size in the config.
@@ -220,7 +226,7 @@ def prepare_magi_attention(
         cp_group_or_mesh=device_mesh.get_group("cp"),
         causal=config.is_causal,
         dist_attn_config=api.DistAttnConfig(
-            dispatch_config=api.DispatchConfig(chunk_size=parallel_config["chunk_size"])
+            dispatch_config=api.DispatchConfig(chunk_size=chunk_size)
         ),
     )
     labels = api.dispatch(labels, key, pad_value=IGNORED_LABEL)

@@ -172,19 +172,33 @@ class _Recompute(torch.autograd.Function):
         with torch.enable_grad():
             qkv = layer.before_attention(x, cos, sin)
             out = attention.out if attention else calc_attn(*qkv, ctx.runtime_key)[0]
-        grad_x, grad_out = torch.empty_like(x), torch.empty_like(out)
-        parts = _slices(grad, x.detach(), out.detach(), grad_x, grad_out)
-        for grad_part, x_part, out_part, grad_x_part, grad_out_part in parts:
-            x_part, out_part = x_part.requires_grad_(), out_part.requires_grad_()
-            with torch.enable_grad():
-                layer.after_attention(x_part, out_part).backward(grad_part)
-            grad_x_part.copy_(x_part.grad)
-            grad_out_part.copy_(out_part.grad)
+        grad_x, grad_out = _backward_after_attention(layer, grad, x.detach(), out.detach())
         if attention:
-            torch.autograd.backward(qkv, attention.gradients(grad_out, *qkv))
+            gradients = attention.gradients(grad_out, *qkv)
         else:
-            out.backward(grad_out)
+            gradients = torch.autograd.grad(out, qkv, grad_out)
+        edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in qkv]
+        del attention, qkv, out, grad_out  # what follows needs memory, but none of these
+        torch.autograd.backward(edges, gradients)
         return grad_x.add_(x.grad), None, None, None, None
+
+
+def _backward_after_attention(
+    layer: LlamaDecoderLayer, grad: Tensor, x: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of x, [s, h], and out, [s, nh, hd], through `after_attention`, slice by
+    slice, and accumulates those of its parameters. grad: of what it returns, [s, h].
+    """
+    grad_x, grad_out = torch.empty_like(x), torch.empty_like(out)
+    for grad_part, x_part, out_part, grad_x_part, grad_out_part in _slices(
+        grad, x, out, grad_x, grad_out
+    ):
+        x_part, out_part = x_part.requires_grad_(), out_part.requires_grad_()
+        with torch.enable_grad():
+            layer.after_attention(x_part, out_part).backward(grad_part)
+        grad_x_part.copy_(x_part.grad)
+        grad_out_part.copy_(out_part.grad)
+    return grad_x, grad_out
 
 
 def _slices(*tensors: Tensor):
@@ -237,12 +251,15 @@ class LlamaHead(nn.Linear):
         """
         ignored = (labels == -100)[:, None]
         labels = labels[:, None].masked_fill(ignored, 0)
-        log_sum = logits.float().logsumexp(dim=-1, keepdim=True)
-        loss = (log_sum - logits.gather(1, labels)).masked_fill(ignored, 0)
-        gradient = (logits - log_sum).exp_()
-        is_label = torch.arange(logits.shape[1], device=logits.device) == labels
-        gradient = gradient.sub_(is_label.to(logits.dtype)).masked_fill_(ignored, 0)
-        return loss.sum(), gradient.to(logits.dtype)
+        x = logits.float()
+        # In these words the compiler knows a softmax: maximum and sum by one reading of the logits.
+        largest = x.amax(dim=-1, keepdim=True)
+        exponentials = (x - largest).exp()
+        total = exponentials.sum(dim=-1, keepdim=True)
+        loss = (largest + total.log() - x.gather(1, labels)).masked_fill(ignored, 0)
+        words = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+        gradient = exponentials / total - (words == labels.int()).float()
+        return loss.sum(), gradient.masked_fill(ignored, 0).to(logits.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):

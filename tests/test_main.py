@@ -70,7 +70,6 @@ def overrides(folder, cp, accumulation, **shape_fields):
         "train_config.compile=false",
         f"train_config.gradient_accumulation_steps={accumulation}",
         f"parallel_config.context_parallel_size={cp}",
-        "parallel_config.chunk_size=16",
     ]
 
 
@@ -361,7 +360,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_positions_count_within_documents_and_labels_pad_with_ignored(config, cp_group, folder):
+def test_positions_count_within_documents_and_labels_pad_with_ignored(
+    config, cp_group, folder, monkeypatch
+):
+    monkeypatch.setattr(main.context_parallel, "balanced_chunk_size", lambda *_: 50)
     main.set_up(overrides(folder, cp=1, accumulation=1))
     mesh = main.build_mesh()
     ((input_ids, labels, cu_seqlens),) = main.prepare_data(mesh, train_iter=0)
