@@ -198,7 +198,7 @@ def prepare_magi_attention(
     cu_seqlens: Tensor,
     config: LlamaConfig,
     device_mesh: DeviceMesh,
-) -> tuple[Tensor, Tensor, Tensor, context_parallel.DistAttnRuntimeKey]:
+) -> tuple[Tensor, Tensor, Tensor, object]:
     """Plans the attention of one packed sequence and deals its tokens out to the cp ranks.
 
     Returns this rank's (input_ids [s], labels [s], position_ids [s], runtime key), on its device.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from configuration_llama import LlamaConfig
-from context_parallel import DistAttnRuntimeKey, SavedAttention, calc_attn
+from context_parallel import SavedAttention, calc_attn
 
 LOSS_SLICE_SIZE = 8192  # tokens whose logits exist at a time
 MLP_SLICE_SIZE = 16_384  # tokens whose MLP activations exist at a time, where they are recomputed
@@ -123,9 +123,7 @@ class LlamaDecoderLayer(nn.Module):
         x = x + self.self_attn.output(out)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: DistAttnRuntimeKey
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: object) -> Tensor:
         """x: [s, h]; cos, sin: [s, hd / 2]; returns [s, h]."""
         if self.activation_checkpointing != "none":
             return _Recompute.apply(x, cos, sin, runtime_key, self)
@@ -219,9 +217,7 @@ class LlamaModel(nn.Module):
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, runtime_key: DistAttnRuntimeKey
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, runtime_key: object) -> Tensor:
         """input_ids, position_ids: [s]; returns the normed hidden states, [s, h]."""
         cos, sin = rope_cos_sin(self.config, position_ids)
         x = self.embed_tokens(input_ids)
@@ -322,7 +318,7 @@ class LlamaForCausalLM(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        runtime_key: DistAttnRuntimeKey,
+        runtime_key: object,
         labels: Tensor | None = None,
     ) -> Tensor:
         """Runs this rank's shard.

@@ -1,4 +1,4 @@
-"""`native` context parallelism against dense attention, and the choice of the backend."""
+"""The choice of the backend, the balance of the ranks, and attention that is not kept whole."""
 
 import gc
 import sys
@@ -6,27 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, gpus, torchrun
+from conftest import ROOT
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import context_parallel
-from context_parallel import (
-    DispatchConfig,
-    DistAttnConfig,
-    SavedAttention,
-    balanced_chunk_size,
-    balanced_partitions,
-    magi_attn_varlen_key,
-    select_backend,
-)
-
-WORKER = ROOT / "tests/context_parallel_worker.py"
-
-
-@pytest.mark.parametrize("processes, cp_sizes", [(1, [1]), (3, [3]), (4, [2, 4])])
-def test_attention_and_its_gradients_equal_dense_attention(processes, cp_sizes):
-    """Also: dispatch then undispatch is the identity, and padding comes out as zero."""
-    torchrun(processes, WORKER, "native", "cpu", "float64", *cp_sizes)
+import native_attention
+from context_parallel import SavedAttention, balanced_chunk_size, select_backend
+from native_attention import DispatchConfig, DistAttnConfig, magi_attn_varlen_key
 
 
 def imbalance(partitions: list[list[int]], chunk_size: int, lengths: list[int]) -> float:
@@ -72,25 +58,12 @@ def plan(lengths, cp_size, monkeypatch, cp_group) -> tuple[list[list[int]], int]
 
 def key_of(lengths, cp_size, monkeypatch, cp_group):
     """Returns a key as main.py makes it, on a group that says it has cp_size ranks."""
-    monkeypatch.setattr(context_parallel.dist, "get_world_size", lambda group=None: cp_size)
+    monkeypatch.setattr(native_attention.dist, "get_world_size", lambda group=None: cp_size)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     config = DistAttnConfig(DispatchConfig(balanced_chunk_size(cu_seqlens, True, cp_size)))
     return magi_attn_varlen_key(
         cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True, dist_attn_config=config
     )
-
-
-def test_a_rank_that_has_its_share_of_chunks_gets_no_more():
-    assert balanced_partitions([1, 2, 3, 4], 2) == [[0, 3], [1, 2]]
-    assert balanced_partitions([9, 0, 0, 0], 2) == [[0, 3], [1, 2]]
-
-
-def test_what_native_cannot_do_is_refused(cp_group):
-    cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32)
-    with pytest.raises(ValueError, match="window_size"):
-        magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, window_size=(128, 0))
-    with pytest.raises(ValueError, match="cu_seqlens_q must equal cu_seqlens_k"):
-        magi_attn_varlen_key(cu_seqlens, cu_seqlens + 1, 4, 2, 64, 0, cp_group)
 
 
 def test_saved_attention_keeps_none_of_its_inputs_and_gives_their_gradients(cp_group):
@@ -205,13 +178,3 @@ def test_a_library_that_imports_on_a_hopper_is_taken(another_magi_attention, mon
 
 def test_native_is_always_there():
     assert select_backend("native", 31, "float32", "cpu") == ("native", "as configured")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("processes, dtype", [(1, "bfloat16"), (2, "bfloat16"), (2, "float32")])
-def test_native_on_a_gpu_is_as_exact_as_pytorch_s_kernels(processes, dtype):
-    """bfloat16: out, dq, dk, dv within twice the errors of cuDNN or flash against float64, with
-    blocks for cuDNN's kernel and for flash. float32: within 1e-5.
-    """
-    arguments = (WORKER, "native", "cuda", dtype, processes)
-    print(torchrun(processes, *arguments, CUDA_VISIBLE_DEVICES=gpus(processes)).stdout)

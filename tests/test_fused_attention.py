@@ -1,6 +1,6 @@
 """PyTorch's kernels in parts that are joined, against dense attention in float64.
 
-The kernels for GPUs are compared by `pytest -m gpu tests/test_context_parallel.py`.
+The kernels for GPUs are compared by `pytest -m gpu tests/test_native_attention.py`.
 """
 
 import pytest

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 import context_parallel
 import modeling_llama
 from configuration_llama import LLAMA_32_ROPE, PRESETS, LlamaConfig
-from context_parallel import magi_attn_varlen_dispatch
 from modeling_llama import LlamaForCausalLM, LlamaHead, rope_cos_sin
+from native_attention import magi_attn_varlen_dispatch
 
 SMALL = LlamaConfig(
     vocab_size=97,

@@ -9,7 +9,7 @@ from conftest import run
 from safetensors.torch import load_file
 
 import checkpoint
-import context_parallel
+import native_attention
 import weights
 from configuration_llama import LlamaConfig
 from modeling_llama import LlamaForCausalLM
@@ -26,13 +26,13 @@ def our_logits(folder, tokens, cp_group):
     model = LlamaForCausalLM(config)
     weights.load_weights(model, folder)
     cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    tokens, key = context_parallel.magi_attn_varlen_dispatch(
+    tokens, key = native_attention.magi_attn_varlen_dispatch(
         *(tokens, cu_seqlens, cu_seqlens, config.num_attention_heads, config.num_key_value_heads),
         *(config.head_dim, 0, cp_group, True),
     )
-    positions = context_parallel.dispatch(torch.arange(key.total_seqlen), key)
+    positions = native_attention.dispatch(torch.arange(key.total_seqlen), key)
     with torch.no_grad():
-        return context_parallel.undispatch(model(tokens, positions, key), key)
+        return native_attention.undispatch(model(tokens, positions, key), key)
 
 
 def test_an_exported_run_is_the_same_model_in_transformers(undisturbed, cp_group, tmp_path):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-import context_parallel as native
+import native_attention as native
 
 
 @dataclass(frozen=True)
