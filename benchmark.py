@@ -282,7 +282,7 @@ if __name__ == "__main__":
     parser.add_argument("--results", default="results.jsonl")
     parser.add_argument("--plot", default="docs/benchmark.png")
     parser.add_argument("--report", action="store_true", help="only the table and the plot")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
         if not options.report:
             run(options)

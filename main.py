@@ -38,7 +38,7 @@ from metrics import log
 from modeling_llama import LlamaForCausalLM
 from preflight import build_llama_config, open_token_source, run_config, set_up
 
-LAYERS_PER_GROUP = 4  # gathered together where memory is not short: fewer and larger messages
+LAYERS_PER_GROUP = 4  # gathered together: fewer and larger messages, for a little memory
 
 
 def init_env() -> None:
@@ -86,8 +86,8 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     group: two groups would split the weight in two, and its gradients with it. A head of its own
     is a group, so that its gradients are reduced while the layers' backward runs.
 
-    Recomputation says that memory is short: then each layer is gathered alone, and once more for
-    backward. Without it, four together, which stay whole from forward to backward.
+    Recomputation says that memory is short: layers are then gathered once more for backward.
+    Without it they stay whole from forward to backward.
 
     The weights are float32 and gradients are reduced in float32, whatever the compute type.
     cast_forward_inputs=False: FSDP's cast would try to copy the runtime key, which cannot be.
@@ -98,9 +98,9 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         cast_forward_inputs=False,
     )
     is_short = train_config["activation_checkpointing"] != "none"
-    layers, size = list(model.model.layers), 1 if is_short else LAYERS_PER_GROUP
-    for first in range(0, len(layers), size):
-        group = layers[first : first + size]
+    layers = list(model.model.layers)
+    for first in range(0, len(layers), LAYERS_PER_GROUP):
+        group = layers[first : first + LAYERS_PER_GROUP]
         fully_shard(group, mesh=dp_cp, mp_policy=policy, reshard_after_forward=is_short)
     if not model.config.tie_word_embeddings:
         head = [model.model.norm, model.lm_head]  # used last, so kept for backward

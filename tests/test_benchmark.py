@@ -18,8 +18,8 @@ def test_a_case_of_one_s_own_is_measured_on_a_cpu(tmp_path):
         "data_config.batch_size=2",
         "data_config.random_document_length=40",
         "train_config.compile=false",
-        "train_config.dtype=float32",
         *("--steps", "2", "--results", tmp_path / "results.jsonl"),
+        "train_config.dtype=float32",
     )
     (result,) = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
     low, high = result["tokens_per_s_range"]
