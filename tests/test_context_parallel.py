@@ -153,6 +153,7 @@ def test_a_missing_debugpy_is_named(another_magi_attention, tmp_path, monkeypatc
     (tmp_path / "magi_attention").mkdir()
     (tmp_path / "magi_attention/__init__.py").write_text("")
     (tmp_path / "magi_attention/api.py").write_text("import debugpy")
+    monkeypatch.setitem(sys.modules, "debugpy", None)  # as if it were not installed
     monkeypatch.syspath_prepend(tmp_path)
     refuse("it imports 'debugpy' without declaring it", hopper=monkeypatch)
     (tmp_path / "magi_attention/api.py").write_text("raise RuntimeError('built for another CUDA')")
