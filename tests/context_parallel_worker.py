@@ -77,7 +77,7 @@ def check(backend, mesh, dtype, lengths: list[int], causal: bool, chunk_size: in
     out.backward(api.dispatch(grad, key))
     local = (out.detach(), local_q.grad, local_k.grad, local_v.grad)
     found = errors([api.undispatch(x, key) for x in local], expected)
-    limit = dict.fromkeys(NAMES, 1e-12 if dtype == torch.float64 else 1e-5)
+    limit = dict.fromkeys(NAMES, 1e-12 if dtype == torch.float64 else 5e-5)
     if dtype == torch.bfloat16:
         pytorch = errors(by_document(pytorch_attention, (q, k, v, grad), lengths, causal), expected)
         # Of a handful of tokens one rounding decides, so there the figure is bfloat16's own.

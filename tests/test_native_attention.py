@@ -32,7 +32,7 @@ def test_what_native_cannot_do_is_refused(cp_group):
 @pytest.mark.parametrize("processes, dtype", [(1, "bfloat16"), (2, "bfloat16"), (2, "float32")])
 def test_native_on_a_gpu_is_as_exact_as_pytorch_s_kernels(processes, dtype):
     """bfloat16: out, dq, dk, dv within twice the errors of cuDNN or flash against float64, with
-    blocks for cuDNN's kernel and for flash. float32: within 1e-5.
+    blocks for cuDNN's kernel and for flash. float32: within 5e-5.
     """
     arguments = (WORKER, "native", "cuda", dtype, processes)
     print(torchrun(processes, *arguments, CUDA_VISIBLE_DEVICES=gpus(processes)).stdout)
