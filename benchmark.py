@@ -132,6 +132,7 @@ def kernel_seconds(config, device_mesh) -> float | None:
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     attention_ms = 0.0
     for input_ids, _, cu_seqlens in main.prepare_data(device_mesh, 0):
+        # One GPU, so nothing to balance: the kernel of the whole mask, without a cut.
         dispatch_config = api.DispatchConfig(chunk_size=int(cu_seqlens[-1]))
         key = api.magi_attn_varlen_key(
             cu_seqlens,

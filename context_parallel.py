@@ -105,23 +105,24 @@ def load_api(backend: str) -> ModuleType:
 
 
 def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
-    """Returns the largest chunk size, in tokens, with which the ranks are balanced.
+    """Returns the largest chunk size, in tokens, with which the ranks are balanced to
+    MAX_IMBALANCE, or if none will do, the one that balances them best.
 
     cu_seqlens: [documents + 1], on the CPU. It tries 1, 2, 4, ... chunks per rank: of one causal
     document two are enough (the first with the last), of many documents often one, and then those
     that a rank has whole need nothing of the others.
     """
     total_seqlen = int(cu_seqlens[-1])
-    best = (math.inf, 1)
+    best = (math.inf, 0)  # imbalance, and minus the chunk size: of equals the larger
     chunks_per_rank = 1
     while True:
         chunk_size = -(-total_seqlen // (chunks_per_rank * cp_size))
         areas = chunk_areas(cu_seqlens, chunk_size, causal, cp_size)
         loads = [sum(areas[c] for c in chunks) for chunks in balanced_partitions(areas, cp_size)]
         imbalance = max(loads) * cp_size / sum(loads)
-        best = min(best, (imbalance, chunk_size))
+        best = min(best, (imbalance, -chunk_size))
         if imbalance <= MAX_IMBALANCE or chunk_size <= MIN_CHUNK_SIZE:
-            return best[1]
+            return -best[1]
         chunks_per_rank *= 2
 
 

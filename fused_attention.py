@@ -102,7 +102,7 @@ def join(
     exp(b) / (exp(a) + exp(b)) = sigmoid(b - a).
     """
     share = torch.sigmoid(more_log_sum - log_sum).T[..., None]
-    joined = torch.lerp(out.to(share.dtype), more_out.to(share.dtype), share)
+    joined = out.to(share.dtype, copy=True).lerp_(more_out.to(share.dtype), share)
     return joined.to(out.dtype), torch.logaddexp(log_sum, more_log_sum)
 
 

@@ -97,11 +97,11 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    is_short = train_config["activation_checkpointing"] != "none"
+    recomputes = train_config["activation_checkpointing"] != "none"
     layers = list(model.model.layers)
     for first in range(0, len(layers), LAYERS_PER_GROUP):
         group = layers[first : first + LAYERS_PER_GROUP]
-        fully_shard(group, mesh=dp_cp, mp_policy=policy, reshard_after_forward=is_short)
+        fully_shard(group, mesh=dp_cp, mp_policy=policy, reshard_after_forward=recomputes)
     if not model.config.tie_word_embeddings:
         head = [model.model.norm, model.lm_head]  # used last, so kept for backward
         fully_shard(head, mesh=dp_cp, mp_policy=policy, reshard_after_forward=False)

@@ -254,8 +254,8 @@ class LlamaHead(nn.Linear):
         total = exponentials.sum(dim=-1, keepdim=True)
         loss = (largest + total.log() - x.gather(1, labels)).masked_fill(ignored, 0)
         words = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-        gradient = exponentials / total - (words == labels.int()).float()
-        return loss.sum(), gradient.masked_fill(ignored, 0).to(logits.dtype)
+        gradient = exponentials.div_(total).sub_((words == labels.int()).to(logits.dtype))
+        return loss.sum(), gradient.masked_fill_(ignored, 0).to(logits.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -11,6 +11,7 @@ heads, `hd` head_dim.
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -107,9 +108,13 @@ def magi_attn_varlen_key(
         partitions=partitions,
         order=order.to(device),
         inverse_order=torch.argsort(order).to(device),
-        local_blocks=_local_blocks(own, causal, device),
+        local_blocks=_local_blocks(own, causal, chunk_size, device),
         stream_blocks=_stream_blocks(own, causal, chunk_size, device),
-        gathers=any(_stream_blocks(of_rank, causal, chunk_size, "cpu") for of_rank in pieces),
+        gathers=any(
+            begin < first or (last < end and not causal)
+            for of_rank in pieces
+            for first, last, begin, end in of_rank
+        ),
     )
 
 
@@ -181,11 +186,13 @@ def _pieces(cu_seqlens: Tensor, chunk_size: int, chunks: list[int]) -> list[list
     return torch.stack([first, last, *ends], dim=1).tolist()
 
 
-def _local_blocks(pieces: list[list[int]], causal: bool, device: str) -> list[Block]:
+def _local_blocks(
+    pieces: list[list[int]], causal: bool, chunk_size: int, device: str
+) -> list[Block]:
     """Returns the pieces of documents that a rank has, each with its own keys.
 
-    As many in a block as MAX_BLOCK_SIZE allows: a kernel's backward needs four times the memory of
-    its queries for sums in float32.
+    As many in a block as MAX_BLOCK_SIZE allows, but at least one: beside its results a kernel's
+    backward holds float32 sums and other copies, together about four times as large as q.
     """
     groups, room = [], 0
     for first, last, _, _ in pieces:
@@ -197,7 +204,9 @@ def _local_blocks(pieces: list[list[int]], causal: bool, device: str) -> list[Bl
     blocks, row = [], 0
     for lengths in groups:
         rows = slice(row, row + sum(lengths))
-        blocks.append(_block(rows, rows, lengths, lengths, causal, len(set(lengths)) == 1, device))
+        # One length of several documents is no accident; one document's alone can be any.
+        recurs = len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % chunk_size == 0)
+        blocks.append(_block(rows, rows, lengths, lengths, causal, recurs, device))
         row = rows.stop
     return blocks
 
@@ -321,7 +330,7 @@ class _NativeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> Tensor:
-        gathered = _start_gather(k, v, key)
+        wait_for_kv = _start_gather(k, v, key)
         out, log_sums, ctx.states = None, [], []
         for block in key.local_blocks:
             part, log_sum, state = fused_attention.forward(block, q, k, v)
@@ -330,8 +339,9 @@ class _NativeAttention(torch.autograd.Function):
             ctx.states.append(state)
         out = torch.zeros_like(q) if out is None else out  # this rank has nothing but padding
         log_sum = torch.cat(log_sums, dim=1) if log_sums else None
-        if gathered is not None:
-            k_stream, v_stream = gathered()
+        if wait_for_kv is not None:
+            k_stream, v_stream = wait_for_kv()
+            del wait_for_kv  # and with it what was gathered, in the ranks' order
             for block in key.stream_blocks:
                 rows = block.queries
                 *part, state = fused_attention.forward(block, q, k_stream, v_stream)
@@ -349,7 +359,7 @@ class _NativeAttention(torch.autograd.Function):
         key, states = ctx.key, iter(ctx.states)
         q, k, v, out, log_sum = ctx.saved_tensors
         saved = (grad.contiguous(), q, k, v, out, log_sum)
-        gathered = _start_gather(k, v, key)
+        wait_for_kv = _start_gather(k, v, key)
         gradients = [None, None, None]
         for block in key.local_blocks:
             parts = fused_attention.backward(block, *saved, next(states))
@@ -359,9 +369,10 @@ class _NativeAttention(torch.autograd.Function):
             torch.zeros_like(x) if dx is None else dx
             for x, dx in zip((q, k, v), gradients, strict=True)
         )
-        if gathered is None:
+        if wait_for_kv is None:
             return dq, dk, dv, None
-        k_stream, v_stream = gathered()
+        k_stream, v_stream = wait_for_kv()
+        del wait_for_kv  # and with it what was gathered, in the ranks' order
         saved = (saved[0], q, k_stream, v_stream, out, log_sum)
         # Several blocks can see the same keys: their gradients add up in float32 at least.
         dtype = torch.promote_types(k.dtype, torch.float32)
@@ -371,6 +382,7 @@ class _NativeAttention(torch.autograd.Function):
             dq[block.queries] += part_q
             dkv[block.keys, 0] += part_k
             dkv[block.keys, 1] += part_v
+        del k_stream, v_stream, saved
         dkv = dkv.to(k.dtype).index_select(0, key.order)
         local = dkv.new_empty(len(k), *dkv.shape[1:])
         reduce_scatter_single(local, dkv, group=key.cp_group)
@@ -389,7 +401,9 @@ def _put(part: Tensor, rows: slice, total: Tensor | None, num_rows: int) -> Tens
     return total
 
 
-def _start_gather(k: Tensor, v: Tensor, key: DistAttnRuntimeKey):
+def _start_gather(
+    k: Tensor, v: Tensor, key: DistAttnRuntimeKey
+) -> Callable[[], tuple[Tensor, Tensor]] | None:
     """Starts to gather K and V. Returns what waits for it and gives both in the stream's order,
     [S, nkv, hd] each; None where no rank needs them.
     """

@@ -125,6 +125,7 @@ def main() -> None:
             check(backend, mesh, dtype, [64, 64], causal, chunk_size=16)  # nothing to pad
             check(backend, mesh, dtype, [1024], causal, chunk_size=256)  # whole chunks alone
             check(backend, mesh, dtype, [256] * 8, causal, chunk_size=1024)  # whole documents
+    dist.barrier()  # no rank ends while another's gloo threads still wait for it
     dist.destroy_process_group()
 
 

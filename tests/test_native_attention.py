@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, gpus, torchrun
 
+import native_attention
 from native_attention import balanced_partitions, magi_attn_varlen_key
 
 WORKER = ROOT / "tests/context_parallel_worker.py"
@@ -13,6 +14,29 @@ WORKER = ROOT / "tests/context_parallel_worker.py"
 def test_attention_and_its_gradients_equal_dense_attention(processes, cp_sizes):
     """Also: dispatch then undispatch is the identity, and padding comes out as zero."""
     torchrun(processes, WORKER, "native", "cpu", "float64", *cp_sizes)
+
+
+def test_blocks_are_limited_in_size_and_change_nothing(monkeypatch, cp_group):
+    """Of whole documents, one at least; only sizes that come again are said to recur."""
+    lengths = [8, 8, 30, 1, 17]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(64, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+    ]
+
+    def attend(max_block_size):
+        monkeypatch.setattr(native_attention, "MAX_BLOCK_SIZE", max_block_size)
+        key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 16, 0, cp_group, causal=True)
+        out, _ = native_attention.calc_attn(*inputs, key)
+        return key.local_blocks, [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    (whole,), expected = attend(65_536)
+    blocks, found = attend(20)
+    assert [block.lengths_q for block in blocks] == [[8, 8], [30], [1, 17]]
+    assert [block.recurs for block in blocks] == [True, False, False] and not whole.recurs
+    for x, y in zip(found, expected, strict=True):
+        assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
 def test_a_rank_that_has_its_share_of_chunks_gets_no_more():
