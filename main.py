@@ -1,6 +1,6 @@
 """Pretrains a Llama with FSDP2 over a flattened dp_cp mesh and context parallelism.
 
-    bash run.sh                            # without a GPU: a small run, two minutes on two cores
+    bash run.sh                            # without a GPU: a small run, a minute on two cores
     GPUS_PER_NODE=1 bash run.sh            # one GPU
     torchrun --nproc-per-node 8 main.py    # one node of 8 GPUs; `bash run.sh` does the same there
 

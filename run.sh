@@ -24,7 +24,7 @@ if ((gpus > 0)); then
   # As many hardware queues as MagiAttention wants to overlap communication with computation.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
 else
-  # A laptop's run: the same code with a small model, about two minutes on two cores.
+  # A laptop's run: the same code with a small model, about one minute on two cores.
   set -- model_config.preset=tiny data_config.seqlen=512 data_config.batch_size=4 \
     train_config.train_iters=150 train_config.dtype=float32 \
     train_config.activation_checkpointing=none train_config.compile=false \
