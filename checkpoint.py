@@ -258,6 +258,8 @@ class Checkpointer:
             self._state(dist.get_rank()),
             checkpoint_id=os.path.join(self.train_config["output_dir"], f"step-{step:08}.tmp"),
             storage_writer=self.writer,
+            # Each save writes the same tensors: their plan is made, and checked, once.
+            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),
             process_group=self.group,
         )
         if stop or step == self.train_config["train_iters"]:
