@@ -287,6 +287,7 @@ if __name__ == "__main__":
     try:
         if not options.report:
             run(options)
+            metrics.leave()
         elif metrics.rank() == 0:
             with open(options.results) as file:
                 results = [json.loads(line) for line in file]

@@ -435,3 +435,4 @@ if __name__ == "__main__":
             print(llama_pretrain_config.describe())
     else:
         main(sys.argv[1:])
+        metrics.leave()

@@ -67,6 +67,17 @@ def exit_with(error: Exception) -> NoReturn:
     sys.exit(f"error: {error}" if first_of_node else 1)
 
 
+def leave() -> NoReturn:
+    """Ends this process, whose work is done and saved, with 0, and without Python's own ending.
+
+    A thread of gloo lets go of a collective's tensors only after that has been waited for. If
+    Python ends meanwhile, the thread cannot take Python's lock any more, and aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 @functools.cache
 def describe_machine() -> dict[str, str]:
     """Returns what a result depends on beside the config: versions, hardware, commit."""

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_pretrain_config
 import main
+import metrics
 from data import IGNORED_LABEL
 
 
@@ -90,6 +91,6 @@ if __name__ == "__main__":
     results = [gradients(**case) for case in cases]
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[2])
-    # A gloo thread that lets go of the last gathered tensor while Python ends would abort it.
     dist.barrier()
     dist.destroy_process_group()
+    metrics.leave()
