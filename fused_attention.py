@@ -41,6 +41,23 @@ class Block:
     cu_seqlens_k: Tensor
 
 
+def make_block(
+    queries: slice,
+    keys: slice,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    causal: bool,
+    recurs: bool,
+    device: str,
+) -> Block:
+    """Returns the block of these fields. device: where the attention will be computed."""
+    cu_seqlens = (
+        torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        for lengths in (lengths_q, lengths_k)
+    )
+    return Block(queries, keys, lengths_q, lengths_k, causal, recurs, *cu_seqlens)
+
+
 def forward(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list]:
     """Returns the output of the block's queries, [n, nh, hd], their log-sum-exp, [nh, n], float32
     (float64 of float64), and what the kernels' backward wants besides.

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 import fused_attention
-from fused_attention import Block
+from fused_attention import Block, make_block
 
 # torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -110,11 +110,7 @@ def magi_attn_varlen_key(
         inverse_order=torch.argsort(order).to(device),
         local_blocks=_local_blocks(own, causal, chunk_size, device),
         stream_blocks=_stream_blocks(own, causal, chunk_size, device),
-        gathers=any(
-            begin < first or (last < end and not causal)
-            for of_rank in pieces
-            for first, last, begin, end in of_rank
-        ),
+        gathers=any(_other_keys(piece, causal) for of_rank in pieces for piece in of_rank),
     )
 
 
@@ -174,16 +170,27 @@ def _pieces(cu_seqlens: Tensor, chunk_size: int, chunks: list[int]) -> list[list
     is_joined = begin[1:] == end[:-1]
     begin, end = begin[~F.pad(is_joined, (1, 0))], end[~F.pad(is_joined, (0, 1))]
     begin, end = begin[begin < end], end[begin < end]
-    bounds = torch.cat([begin, end, cu_seqlens.long()]).unique()
-    run = torch.searchsorted(begin, bounds[:-1], right=True) - 1  # of chunks, that begins before
+    if len(begin) == 0:
+        return []
+    cu_seqlens = cu_seqlens.long()
+    bounds = torch.cat([begin, end, cu_seqlens]).unique()
     first, last = bounds[:-1], bounds[1:]
-    is_held = (
-        (run >= 0) & (first < end[run]) if len(end) else torch.zeros_like(run, dtype=torch.bool)
-    )
+    run = torch.searchsorted(begin, first, right=True) - 1  # of chunks, that begins before
+    is_held = (run >= 0) & (first < end[run])
     first, last = first[is_held], last[is_held]
-    document = torch.searchsorted(cu_seqlens[1:].long(), first, right=True)
-    ends = cu_seqlens.long()[document], cu_seqlens.long()[document + 1]
+    document = torch.searchsorted(cu_seqlens[1:], first, right=True)
+    ends = cu_seqlens[document], cu_seqlens[document + 1]
     return torch.stack([first, last, *ends], dim=1).tolist()
+
+
+def _other_keys(piece: list[int], causal: bool) -> list[slice]:
+    """Returns what a piece sees of its document beside itself, slices of the stream: what is before
+    it, and without a causal mask also what is behind it.
+    """
+    first, last, document_first, document_last = piece
+    slices = [slice(document_first, first)]
+    slices += [] if causal else [slice(last, document_last)]
+    return [keys for keys in slices if keys.start < keys.stop]
 
 
 def _local_blocks(
@@ -206,7 +213,7 @@ def _local_blocks(
         rows = slice(row, row + sum(lengths))
         # One length of several documents is no accident; one document's alone can be any.
         recurs = len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % chunk_size == 0)
-        blocks.append(_block(rows, rows, lengths, lengths, causal, recurs, device))
+        blocks.append(make_block(rows, rows, lengths, lengths, causal, recurs, device))
         row = rows.stop
     return blocks
 
@@ -214,29 +221,17 @@ def _local_blocks(
 def _stream_blocks(
     pieces: list[list[int]], causal: bool, chunk_size: int, device: str
 ) -> list[Block]:
-    """Returns, of each piece whose document is cut, the block with what is before it in the stream,
-    and without a causal mask also that with what is behind it.
-    """
+    """Returns the pieces whose documents are cut, each with the other parts that it sees."""
     blocks, row = [], 0
-    for first, last, document_first, document_last in pieces:
-        length = last - first
-        seen = [slice(document_first, first)]
-        seen += [] if causal else [slice(last, document_last)]
-        for keys in seen:
-            if num_keys := keys.stop - keys.start:
-                recurs = length % chunk_size == num_keys % chunk_size == 0
-                rows = slice(row, row + length)
-                blocks.append(_block(rows, keys, [length], [num_keys], False, recurs, device))
+    for piece in pieces:
+        length = piece[1] - piece[0]
+        rows = slice(row, row + length)
+        for keys in _other_keys(piece, causal):
+            num_keys = keys.stop - keys.start
+            recurs = length % chunk_size == num_keys % chunk_size == 0
+            blocks.append(make_block(rows, keys, [length], [num_keys], False, recurs, device))
         row += length
     return blocks
-
-
-def _block(queries, keys, lengths_q, lengths_k, causal, recurs, device) -> Block:
-    cu_seqlens = (
-        torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-        for lengths in (lengths_q, lengths_k)
-    )
-    return Block(queries, keys, lengths_q, lengths_k, causal, recurs, *cu_seqlens)
 
 
 # ---------------------------------------------------------------------------------------------
