@@ -247,15 +247,12 @@ class LlamaHead(nn.Linear):
         """
         ignored = (labels == -100)[:, None]
         labels = labels[:, None].masked_fill(ignored, 0)
-        x = logits.float()
-        # In these words the compiler knows a softmax: maximum and sum by one reading of the logits.
-        largest = x.amax(dim=-1, keepdim=True)
-        exponentials = (x - largest).exp()
-        total = exponentials.sum(dim=-1, keepdim=True)
-        loss = (largest + total.log() - x.gather(1, labels)).masked_fill(ignored, 0)
-        words = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-        gradient = exponentials.div_(total).sub_((words == labels.int()).to(logits.dtype))
-        return loss.sum(), gradient.masked_fill_(ignored, 0).to(logits.dtype)
+        log_sum = logits.float().logsumexp(dim=-1, keepdim=True)
+        loss = (log_sum - logits.gather(1, labels)).masked_fill(ignored, 0)
+        gradient = (logits - log_sum).exp_()
+        is_label = torch.arange(logits.shape[1], device=logits.device) == labels
+        gradient = gradient.sub_(is_label.to(logits.dtype)).masked_fill_(ignored, 0)
+        return loss.sum(), gradient.to(logits.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
