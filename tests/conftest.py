@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,18 @@ def pytest_configure(config) -> None:
     """Hides the GPUs, but from `pytest -m gpu`: all other tests run on the CPU everywhere."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Puts the handlers back that training sets. A pool's workers are forked with them, and one
+    that only notes SIGTERM cannot be ended: the pool would wait for it for ever.
+    """
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

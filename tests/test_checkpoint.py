@@ -338,8 +338,7 @@ def test_a_path_starts_from_that_one_in_another_folder(start, undisturbed, tmp_p
         checkpoint.check_resume(config)
 
 
-def test_generators_go_on_too(config, cp_group, tmp_path, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+def test_generators_go_on_too(config, cp_group, tmp_path):
     llama_pretrain_config.resolve([*SHORT, f"train_config.output_dir={tmp_path}"], world_size=1)
 
     def build():
