@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from configuration_llama import LlamaConfig
 from context_parallel import SavedAttention, calc_attn
@@ -117,7 +118,11 @@ class LlamaDecoderLayer(nn.Module):
     def before_attention(
         self, x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        if self.activation_checkpointing == "none":
+            return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        # Compiled, it then keeps x alone for backward, and not the norm of it, which is as large.
+        normed = checkpoint(self.input_layernorm, x, use_reentrant=False)
+        return self.self_attn.qkv(normed, cos, sin)
 
     def after_attention(self, x: Tensor, out: Tensor) -> Tensor:
         x = x + self.self_attn.output(out)

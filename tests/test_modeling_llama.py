@@ -198,6 +198,25 @@ def test_what_is_kept_for_backward_and_what_is_computed_again(
         assert largest.elements < mlp
 
 
+def test_a_compiled_layer_that_recomputes_keeps_its_input_but_not_the_norm_of_it():
+    """For the backward of the half before the attention, through which memory is shortest."""
+    layer = LlamaForCausalLM(SMALL, "full").model.layers[0]
+    before_attention = torch.compile(layer.before_attention, backend="aot_eager_decomp_partition")
+    x = torch.randn(512, SMALL.hidden_size, requires_grad=True)
+    cos, sin = torch.randn(2, 512, SMALL.head_dim // 2)
+    known = {tensor.data_ptr() for tensor in (*layer.parameters(), x, cos, sin)}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        before_attention(x, cos, sin)
+    assert x.data_ptr() in kept
+    assert sum(numel for ptr, numel in kept.items() if ptr not in known) <= 512  # a scalar a token
+
+
 def count_call(calls, function, *args):
     calls.append(function)
     return function(*args)
