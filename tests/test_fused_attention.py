@@ -1,6 +1,7 @@
 """PyTorch's kernels in parts that are joined, against dense attention in float64.
 
-The kernels for GPUs are compared by `pytest -m gpu tests/test_native_attention.py`.
+The kernels for GPUs are compared by `pytest -m gpu tests/test_native_attention.py`; here they get
+tensors without memory, to see that this torch has them with the arguments that we give.
 """
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import relative_error
 from context_parallel_worker import by_document
 
+import fused_attention
 from fused_attention import backward, forward, join, make_block
 
 NH, NKV, HD = 4, 2, 16
@@ -58,3 +60,32 @@ def test_parts_of_the_keys_joined_are_the_attention_to_all_of_them():
             total[rows] += x
     for total, other in zip(gradients, expected[1:], strict=True):
         assert relative_error(total, other) < 1e-13
+
+
+@pytest.mark.parametrize("lengths", [[256, 256, 256], [130, 300, 338], [768]])
+@pytest.mark.parametrize(
+    "kernel, dtype, recurs",
+    [
+        ("cudnn", torch.bfloat16, True),
+        ("flash", torch.bfloat16, False),
+        ("efficient", torch.float32, True),
+    ],
+)
+def test_kernels_for_gpus_take_our_arguments_in_this_torch(
+    kernel, dtype, recurs, lengths, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    causal = make_block(slice(768), slice(768), lengths, lengths, True, recurs, "meta")
+    full = make_block(slice(500), slice(100, 700), [500], [600], False, recurs, "meta")
+    q, grad, whole_out = torch.empty(3, 768, 8, 64, dtype=dtype, device="meta")
+    k, v = torch.empty(2, 768, 2, 64, dtype=dtype, device="meta")
+    whole_sum = torch.empty(8, 768, device="meta")
+    for block in (causal, full):
+        assert fused_attention._kernel(block, q) == kernel
+        out, log_sum, state = forward(block, q, k, v)
+        gradients = backward(block, grad, q, k, v, whole_out, whole_sum, state)
+        queries, keys = sum(block.lengths_q), sum(block.lengths_k)
+        assert out.shape == gradients[0].shape == (queries, 8, 64)
+        assert [x.shape for x in gradients[1:]] == [(keys, 2, 64)] * 2
+        assert {x.dtype for x in (out, *gradients)} == {dtype}
+        assert log_sum.shape == (8, queries) and log_sum.dtype == torch.float32
