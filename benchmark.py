@@ -1,6 +1,6 @@
 """Measures training steps: tokens/s, MFU, memory, and the share of what the kernels allow.
 
-    torchrun --nproc-per-node 2 benchmark.py                      # all cases below
+    torchrun --nproc-per-node 2 benchmark.py                      # all cases
     torchrun --nproc-per-node 2 benchmark.py 8k 128k-documents    # some of them
     torchrun --nproc-per-node 2 benchmark.py 8k parallel_config.context_parallel_backend=native
     python benchmark.py data_config.seqlen=512 model_config.preset=tiny train_config.compile=false
@@ -286,7 +286,9 @@ def run(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=f"cases: {', '.join(CASES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="*", metavar="CASE or SECTION.KEY=VALUE")
     parser.add_argument("--steps", type=int, help="measured steps, instead of each case's own")

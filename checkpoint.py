@@ -8,10 +8,12 @@ checkpoint_format.py has what such a folder consists of, and how it is written.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +64,29 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
 def restarts() -> int:
     """Returns how often torchrun has started this run again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+locks = []  # open files: closed, they would lock no more
+
+
+def lock(output_dir: str) -> None:
+    """Keeps other runs out of output_dir as long as this process lives.
+
+    Raises CheckpointError if one is in there: two would write over each other's files.
+    """
+    locks.append(file := open(os.path.join(output_dir, "lock"), "a+"))
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise CheckpointError(
+            f"train_config.output_dir={output_dir!r} is in use: {file.read().strip()} writes it; "
+            "end that, or give another output_dir"
+        ) from None
+    except OSError:
+        return  # a file system that has no locks
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
 
 
 def find(config: dict[str, Any]) -> list[str]:
@@ -146,8 +171,9 @@ def _differences(saved: dict, asked: dict, prefix: str = "") -> Iterator[tuple[s
 class Checkpointer:
     """Saves a run while it trains, takes it up again, and hears the signals that ask it to leave.
 
-    SIGTERM and SIGUSR1, which schedulers send, and SIGINT set `stopping`. The ranks agree on it in
-    the training loop, and `after_step` then saves.
+    SIGTERM and SIGUSR1, which schedulers send, and SIGINT set `stopping`, and so does the end of
+    torchrun: nobody would look after the run. The ranks agree on it in the training loop, and
+    `after_step` then saves.
     """
 
     def __init__(
@@ -170,6 +196,7 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo")
         self.saving = None  # the future of the save under way
         self.failure = ""  # of the last save
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.signals = signals = []  # received; the handler must not keep all of this alive
 
         def on_signal(number: int, frame: object) -> None:
@@ -183,7 +210,8 @@ class Checkpointer:
     @property
     def stopping(self) -> bool:
         """Whether this rank wants the run to save and leave after this step."""
-        return bool(self.signals) or self.failed_for_good
+        is_orphan = self.torchrun not in (None, os.getppid())
+        return bool(self.signals) or is_orphan or self.failed_for_good
 
     @property
     def failed_for_good(self) -> bool:
@@ -267,7 +295,9 @@ class Checkpointer:
             if self.failure:
                 raise CheckpointError(self.failure)
             if stop:
-                self.log(f"asked to stop: left after step {step}; the same command goes on")
+                resume = self.train_config["resume"]
+                same = "" if resume == "auto" else " with train_config.resume=auto"
+                self.log(f"asked to stop: left after step {step}; the same command{same} goes on")
         return time.perf_counter() - start
 
     def _settle(self) -> None:

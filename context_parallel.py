@@ -68,6 +68,8 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
 
 def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | None:
     """Returns what keeps magi_attention 1.1 from running here, or None."""
+    if device != "cuda":
+        return "it needs an NVIDIA GPU, and none is here"
     if dtype != "bfloat16":
         return f"its kernels compute in bfloat16, and train_config.dtype is {dtype!r}"
     if head_dim not in (64, 128):
@@ -81,8 +83,6 @@ def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | No
             "the installed package is the empty placeholder of that name from PyPI, without "
             "`magi_attention.api`; uninstall it and build the real one from source, see the README"
         )
-    if device != "cuda":
-        return "it needs an NVIDIA GPU, and none is here"
     major, minor = torch.cuda.get_device_capability()
     if major != 9:
         name = torch.cuda.get_device_name()

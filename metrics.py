@@ -340,7 +340,10 @@ def _profiler(steps: tuple[int, ...], first_iter: int, output_dir: str):
 
     steps: the first and the last, of which those up to first_iter were done before.
     """
-    if not steps or steps[1] <= first_iter + 1:
+    if not steps:
+        return None
+    if steps[1] <= first_iter + 1:
+        log(f"warning: no trace of steps {steps}: this start is from step {first_iter + 1} on")
         return None
     first, last = max(steps[0], first_iter + 2), steps[1]  # the step before warms the profiler up
     path = os.path.join(output_dir, f"trace-{first}-{last}.json.gz")
@@ -402,7 +405,7 @@ def plot(runs: list[str], output: str) -> None:
         with open(os.path.join(run, "metrics.jsonl")) as file:
             records = [json.loads(line) for line in file]
         if not records:
-            raise SystemExit(f"{run}: its metrics.jsonl has no step yet")
+            raise ValueError(f"{run}: its metrics.jsonl has no step yet")
         axes.plot(
             [record["step"] for record in records],
             [record["loss"] for record in records],
@@ -434,4 +437,7 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--output", default="loss.png")
     options = parser.parse_args()
-    plot(options.runs, options.output)
+    try:
+        plot(options.runs, options.output)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

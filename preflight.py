@@ -82,6 +82,8 @@ def set_up(arguments: list[str]) -> None:
         with torch.device("meta"):
             weights.check_weights(LlamaForCausalLM(config), model_config["init_from"])
     metrics.make_output_dir(train_config["output_dir"])
+    if metrics.rank() == 0:
+        checkpoint.lock(train_config["output_dir"])
     checkpoint.check_resume(run_config())
 
     for line in notes:

@@ -68,9 +68,10 @@ class Encoder:
         if end_of_text is None:
             end_of_text = self.tokenizer.eos_token
         if end_of_text not in vocabulary:
+            which = f" {end_of_text!r}" if end_of_text else ""
             special = ", ".join(map(str, self.tokenizer.added_tokens_encoder)) or "none"
             raise ValueError(
-                f"--tokenizer {name} has no end-of-text token {end_of_text or ''!r}; name one of "
+                f"--tokenizer {name} has no end-of-text token{which}; name one of "
                 f"its tokens with --end-of-text (its special tokens: {special})"
             )
         self.tokenizer.eos_token = end_of_text  # and so it is in the copy that `save` writes

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,37 @@ def test_torchrun_restarts_a_run_where_it_was_and_run_sh_leaves_with_0(undisturb
     records, references = trained(output_dir), trained(undisturbed[2])
     assert 7 <= len(records) <= 9 and records == references[: len(records)]
     assert newest(output_dir).endswith(f"step-{len(records):08}")
+
+
+def test_a_killed_torchrun_takes_its_workers_along_and_no_second_run_comes_between(tmp_path):
+    """They save and leave, before their last step; meanwhile their output_dir is locked."""
+    output_dir, train_iters = tmp_path / "run", 3000
+    arguments = [
+        *SHORT,
+        f"train_config.output_dir={output_dir}",
+        f"train_config.train_iters={train_iters}",
+        "train_config.checkpoint_interval=0",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    running = subprocess.Popen(
+        [*launch, "main.py", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (line := running.stdout.readline()).startswith("step: 3/"):
+        assert line
+    second = run(sys.executable, "main.py", *arguments, check=False)
+    running.kill()
+    said = running.stdout.read()  # until the workers have ended
+    running.wait()
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"error: train_config.output_dir='{output_dir}' is in use: ")
+    last = read_metrics(output_dir)[-1]["step"]
+    assert f"asked to stop: left after step {last}" in said
+    assert newest(output_dir).endswith(f"step-{last:08}") and last < train_iters
 
 
 # ---------------------------------------------------------------------------------------------

@@ -109,14 +109,8 @@ def test_saved_attention_that_nobody_needs_any_more_is_freed_at_once(cp_group):
 # seen in the one that PyPI has under the name magi_attention, version 0.0.1.
 
 
-def refuse(sentence: str, head_dim=64, dtype="bfloat16", hopper=None) -> None:
-    """Asked for by name it is an error that says why; `auto` takes native and gives that reason.
-
-    hopper: a monkeypatch, to be told of a Hopper GPU.
-    """
-    if hopper:
-        hopper.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    device = "cuda" if hopper else "cpu"
+def refuse(sentence: str, head_dim=64, dtype="bfloat16", device="cuda") -> None:
+    """Asked for by name it is an error that says why; `auto` takes native and gives that reason."""
     with pytest.raises(ValueError, match=f"'magi_attention' cannot run: {sentence}"):
         select_backend("magi_attention", head_dim, dtype, device)
     backend, reason = select_backend("auto", head_dim, dtype, device)
@@ -158,17 +152,18 @@ def test_a_missing_debugpy_is_named(another_magi_attention, tmp_path, monkeypatc
     (tmp_path / "magi_attention").mkdir()
     (tmp_path / "magi_attention/__init__.py").write_text("")
     (tmp_path / "magi_attention/api.py").write_text("import debugpy")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "debugpy", None)  # as if it were not installed
     monkeypatch.syspath_prepend(tmp_path)
-    refuse("it imports 'debugpy' without declaring it", hopper=monkeypatch)
+    refuse("it imports 'debugpy' without declaring it")
     (tmp_path / "magi_attention/api.py").write_text("raise RuntimeError('built for another CUDA')")
     monkeypatch.delitem(sys.modules, "magi_attention.api", raising=False)
-    refuse("importing it failed: RuntimeError.*another CUDA", hopper=monkeypatch)
+    refuse("importing it failed: RuntimeError.*another CUDA")
 
 
 def test_a_gpu_that_is_none_or_no_hopper_is_refused(another_magi_attention, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests/stand_in")
-    refuse("it needs an NVIDIA GPU")
+    refuse("it needs an NVIDIA GPU", device="cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     with pytest.raises(ValueError, match=r"for Hopper, capability 9.0, and NVIDIA A100 has 8.0"):

@@ -205,7 +205,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, nam
         (dict(tokenizer="text.json"), "--tokenizer text.json cannot be loaded: "),
         (
             dict(tokenizer="{json}"),
-            "has no end-of-text token ''; name one of its tokens with --end",
+            "has no end-of-text token; name one of its tokens with --end",
         ),
         (
             dict(tokenizer="{json}", end_of_text="<eos>"),
