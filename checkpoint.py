@@ -77,6 +77,8 @@ def lock(output_dir: str) -> None:
     locks.append(file := open(os.path.join(output_dir, "lock"), "a+"))
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise CheckpointError(
@@ -84,9 +86,7 @@ def lock(output_dir: str) -> None:
             "end that, or give another output_dir"
         ) from None
     except OSError:
-        return  # a file system that has no locks
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        pass  # a file system that has no locks
 
 
 def find(config: dict[str, Any]) -> list[str]:
@@ -113,10 +113,10 @@ def find(config: dict[str, Any]) -> list[str]:
             f"train_config.resume={resume!r} holds no checkpoint; it must be 'auto', 'never', the "
             f"output_dir of a run, or one step-... folder in it"
         )
-    if own and os.path.basename(own[0]) > os.path.basename(found[0]):
+    if own and not os.path.samefile(own[0], found[0]):
         raise CheckpointError(
-            f"train_config.resume={resume!r} is older than {own[0]} in train_config.output_dir; "
-            f"give another output_dir, or go on from the newest with resume='auto'"
+            f"train_config.resume={resume!r}, but train_config.output_dir has its own newest "
+            f"checkpoint, {own[0]}; give another output_dir, or go on from that with resume='auto'"
         )
     return found
 
@@ -195,7 +195,7 @@ class Checkpointer:
         # since what it talks about is on the CPU.
         self.group = dist.new_group(backend="gloo")
         self.saving = None  # the future of the save under way
-        self.failure = ""  # of the last save
+        self.failure, self.ever_failed = "", False  # the last save, and any
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.signals = signals = []  # received; the handler must not keep all of this alive
 
@@ -286,8 +286,9 @@ class Checkpointer:
             self._state(dist.get_rank()),
             checkpoint_id=os.path.join(self.train_config["output_dir"], f"step-{step:08}.tmp"),
             storage_writer=self.writer,
-            # Each save writes the same tensors: their plan is made, and checked, once.
-            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),
+            # Each save writes the same tensors: their plan is made, and checked, once. Not after a
+            # failure, of which torch 2.11 keeps a plan that only some ranks have.
+            planner=dcp.DefaultSavePlanner(enable_plan_caching=not self.ever_failed),
             process_group=self.group,
         )
         if stop or step == self.train_config["train_iters"]:
@@ -310,6 +311,7 @@ class Checkpointer:
             self.failure = ""
             self.log(f"saved: {temporary.removesuffix('.tmp')}")
             return
+        self.ever_failed = True
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         failures = getattr(error, "failures", {})  # of DCP: {rank: (exception, traceback)}

@@ -158,7 +158,7 @@ class Writer(dcp.FileSystemWriter):
         _sync(file.name)
         _sync(temporary)
 
-        path = temporary.removesuffix(".tmp")
+        path = os.path.abspath(temporary.removesuffix(".tmp"))
         if os.path.exists(path):  # damaged, or this run would have gone on from it
             remove(path)
         os.rename(temporary, path)
@@ -166,7 +166,10 @@ class Writer(dcp.FileSystemWriter):
         if self.keep_last:
             run = checkpoints(os.path.dirname(path))
             for older in run[run.index(path) :][self.keep_last :]:
-                remove(older)
+                try:
+                    remove(older)
+                except OSError as error:  # the new one stands all the same
+                    print(f"warning: {older} could not be removed: {error}", flush=True)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -58,6 +58,11 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
                 f"{obstacle}. Mend that, or choose 'native' or 'auto'"
             )
         reason = f"magi_attention cannot run: {obstacle}"
+    if device == "cuda" and dtype == "bfloat16" and torch.cuda.get_device_capability()[0] < 8:
+        raise ValueError(
+            f"train_config.dtype='bfloat16' needs a GPU of capability 8.0 or newer, and "
+            f"{torch.cuda.get_device_name()} has less; choose 'float32'"
+        )
     if device == "cuda" and (head_dim % 8 or head_dim > 256):
         raise ValueError(
             f"PyTorch's kernels, native on a GPU, take a head_dim that is a multiple of 8, 256 at "

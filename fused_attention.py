@@ -19,6 +19,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 CUDNN_MIN_SIZE = 128  # queries; it refuses one, and does not pay off for a few
+CUDNN_MAX_HEAD_DIM = 128  # on all GPUs
+FLASH_TILE = 128  # to whose multiples its backward pads each problem's queries
 EFFICIENT_TILE = 32  # to whose multiples that kernel pads the log-sum-exp
 
 
@@ -133,8 +135,8 @@ def _kernel(block: Block, q: Tensor) -> str:
     if q.dtype == torch.float32:
         return "efficient"
     is_hopper = torch.cuda.get_device_capability(q.device)[0] >= 9
-    is_large = block.lengths_q[0] >= CUDNN_MIN_SIZE
-    return "cudnn" if block.recurs and is_large and is_hopper else "flash"
+    fits = block.lengths_q[0] >= CUDNN_MIN_SIZE and q.shape[-1] <= CUDNN_MAX_HEAD_DIM
+    return "cudnn" if block.recurs and fits and is_hopper else "flash"
 
 
 def _flash_sizes(block: Block) -> tuple[Tensor, Tensor, int, int]:

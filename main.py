@@ -110,7 +110,9 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
 
 def apply_compile(model: LlamaForCausalLM) -> None:
     """Compiles the loss, and each layer's parts around the attention, which stays opaque."""
-    # The few shapes of a run get their own code; one too many is an error, not a slow run.
+    # Each shape of a run gets its own code, of which Dynamo would allow eight to a function, all
+    # layers together. One too many is an error, not a slow run.
+    torch._dynamo.config.recompile_limit = 64
     compiled = partial(torch.compile, dynamic=False, fullgraph=True)
     model.lm_head.cross_entropy = compiled(model.lm_head.cross_entropy)
     for layer in model.model.layers:

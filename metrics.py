@@ -6,6 +6,7 @@ draws the loss of runs (folders that hold a metrics.jsonl) into one picture.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import functools
 import json
@@ -220,7 +221,7 @@ class MetricsWriter:
         self.train_iters = train_config["train_iters"]
         self.step_timeout = train_config["step_timeout"]
         output_dir = train_config["output_dir"]
-        self.watchdog = self._watch(first_iter + 1)
+        self.watchdog = self._watch(f"step {first_iter + 1}")
         self.file = self.tensorboard = self.profiler = None
         if rank() != 0:
             return
@@ -260,7 +261,8 @@ class MetricsWriter:
         if there was an evaluation after the step.
         """
         self.watchdog.cancel()
-        self.watchdog = self._watch(step + 1)
+        is_last = step == self.train_iters
+        self.watchdog = self._watch("the last checkpoint" if is_last else f"step {step + 1}")
         flops = training_flops(self.llama_config, self.tokens_per_step, area)
         flops_per_gpu = flops / self.world_size / step_seconds
         peak = peak_flops()
@@ -288,20 +290,24 @@ class MetricsWriter:
             if self.file is not None:
                 self.unwritten += json.dumps(record).encode() + b"\n"
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:  # a full disk: the next step tries again
+            log(f"warning: the metrics of step {step} could not be written: {error}")
+        try:
             if self.tensorboard is not None:
                 for name, value in record.items():
                     if name != "step" and value is not None:
                         self.tensorboard.add_scalar(name, value, step)
-        except OSError as error:  # a full disk: the next step tries again
-            log(f"warning: the metrics of step {step} could not be written: {error}")
+        except OSError as error:  # its thread does not come back
+            log(f"warning: from step {step} on nothing is written for TensorBoard: {error}")
+            self.tensorboard = None
 
     def step_is_queued(self) -> None:
         """Tells the profiler that a step ends here, for the host."""
         if self.profiler is not None:
             self.profiler.step()
 
-    def _watch(self, step: int) -> threading.Timer:
-        watchdog = threading.Timer(self.step_timeout, _give_up, [step, self.step_timeout])
+    def _watch(self, what: str) -> threading.Timer:
+        watchdog = threading.Timer(self.step_timeout, _give_up, [what, self.step_timeout])
         watchdog.daemon = True
         watchdog.start()
         return watchdog
@@ -311,9 +317,11 @@ class MetricsWriter:
         self.watchdog.join()
         if self.profiler is not None:
             self.profiler.stop()
-        for sink in (self.file, self.tensorboard):
-            if sink is not None:
-                sink.close()
+        if self.file is not None:
+            self.file.close()
+        if self.tensorboard is not None:
+            with contextlib.suppress(OSError):
+                self.tensorboard.close()
 
 
 def format_step(record: dict[str, Any], train_iters: int) -> str:
@@ -357,10 +365,10 @@ def _profiler(steps: tuple[int, ...], first_iter: int, output_dir: str):
     return profiler
 
 
-def _give_up(step: int, seconds: float) -> None:
+def _give_up(what: str, seconds: float) -> None:
     """Ends this process, which torchrun takes as the end of all, and shows where it hangs."""
     print(
-        f"error: step {step} is not done after {seconds:g} s (train_config.step_timeout); rank "
+        f"error: {what} is not done after {seconds:g} s (train_config.step_timeout); rank "
         f"{rank()} is at:",
         file=sys.stderr,
         flush=True,

@@ -240,7 +240,9 @@ class LlamaHead(nn.Linear):
         """x: [s, h]; returns logits, [s, v], or the summed loss of labels, [s], float32."""
         if labels is None:
             return super().forward(x)
-        return _HeadLoss.apply(x, self.weight, labels, self.cross_entropy)
+        # Detached where nobody asks for gradients: `_HeadLoss` sees that they are not needed.
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        return _HeadLoss.apply(x, weight, labels, self.cross_entropy)
 
     @staticmethod
     def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -199,7 +199,8 @@ def _local_blocks(
     """Returns the pieces of documents that a rank has, each with its own keys.
 
     As many in a block as MAX_BLOCK_SIZE allows, but at least one: beside its results a kernel's
-    backward holds float32 sums and other copies, together about four times as large as q.
+    backward holds float32 sums and other copies, together about four times as large as q; short
+    pieces count as FLASH_TILE tokens, which they cost there.
     """
     groups, room = [], 0
     for first, last, _, _ in pieces:
@@ -207,7 +208,7 @@ def _local_blocks(
             groups.append([])
             room = MAX_BLOCK_SIZE
         groups[-1].append(last - first)
-        room -= last - first
+        room -= max(last - first, fused_attention.FLASH_TILE)
     blocks, row = [], 0
     for lengths in groups:
         rows = slice(row, row + sum(lengths))

@@ -1,5 +1,6 @@
 """Weights: from a seed, or from and to a Hugging Face folder, `config.json` and `*.safetensors`."""
 
+import functools
 import json
 import os
 import shutil
@@ -53,11 +54,16 @@ def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
     Raises ValueError where the folder describes none, and for overrides that make none.
     """
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            config = LlamaConfig.from_hf(json.load(file))
+        config = _folder_config(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"model_config.init_from={folder!r}: {error}") from None
     return config.override(overrides)
+
+
+@functools.cache  # a run that has started does without the folder
+def _folder_config(folder: str) -> LlamaConfig:
+    with open(os.path.join(folder, "config.json")) as file:
+        return LlamaConfig.from_hf(json.load(file))
 
 
 def check_weights(model: nn.Module, folder: str) -> None:

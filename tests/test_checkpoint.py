@@ -363,30 +363,61 @@ def test_a_path_starts_from_that_one_in_another_folder(start, undisturbed, tmp_p
 
     config = config_of(undisturbed[1])
     config["train_config"]["resume"] = path
-    with pytest.raises(CheckpointError, match="is older than .*step-00000012"):
+    with pytest.raises(CheckpointError, match="its own newest checkpoint, .*step-00000012"):
+        checkpoint.check_resume(config)
+    config["train_config"]["resume"] = str(tmp_path / "run")  # step 12 too, of another run
+    with pytest.raises(CheckpointError, match="its own newest checkpoint, .*step-00000012"):
         checkpoint.check_resume(config)
     config["train_config"]["resume"] = str(tmp_path)
     with pytest.raises(CheckpointError, match="holds no checkpoint; it must be 'auto', 'never', "):
         checkpoint.check_resume(config)
 
 
+def build(output_dir, *arguments) -> checkpoint.Checkpointer:
+    """Returns that of a new model in this process."""
+    arguments = [*SHORT, f"train_config.output_dir={output_dir}", *arguments]
+    llama_pretrain_config.resolve(arguments, world_size=1)
+    model = main.parallelize_model(main.build_llama_model(), main.build_mesh())
+    optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
+    run_config = metrics.run_config(llama_pretrain_config.sections(), model.config, "")
+    return checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config, print)
+
+
 def test_generators_go_on_too(config, cp_group, tmp_path):
-    llama_pretrain_config.resolve([*SHORT, f"train_config.output_dir={tmp_path}"], world_size=1)
-
-    def build():
-        mesh = main.build_mesh()
-        model = main.parallelize_model(main.build_llama_model(), mesh)
-        optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
-        sections = llama_pretrain_config.sections()
-        run_config = metrics.run_config(sections, model.config, "")
-        return checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config, print)
-
     torch.manual_seed(5)
-    build().after_step(3, stop=True)
+    build(tmp_path).after_step(3, stop=True)
     expected = torch.rand(4)
     torch.manual_seed(6)
-    assert build().resume() == 3
+    assert build(tmp_path).resume() == 3
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_first_save_that_fails_costs_only_itself(config, cp_group, tmp_path, capsys):
+    (tmp_path / "step-00000001.tmp").write_text("in the way of its folder")
+    checkpointer = build(tmp_path, "train_config.checkpoint_interval=1")
+    for step in (1, 2, 3):
+        checkpointer.after_step(step, stop=step == 3)
+    said = capsys.readouterr().out
+    assert said.count("could not be written") == 1 and "step-00000001 could not be" in said
+    assert [Path(path).name for path in checkpoints(str(tmp_path))] == [
+        "step-00000003",
+        "step-00000002",
+    ]
+
+
+@pytest.mark.parametrize("output_dir", [".", "a/../run"])
+def test_any_way_to_write_the_output_dir_will_do(
+    output_dir, config, cp_group, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("a")
+    os.makedirs(output_dir, exist_ok=True)
+    source = f"data_config.source={ROOT / 'LICENSE'}"
+    checkpointer = build(output_dir, source, "train_config.checkpoint_interval=1")
+    for step in (1, 2, 3):
+        checkpointer.after_step(step, stop=step == 3)  # raises if the last one failed
+    left = [name for name in os.listdir(output_dir) if name.startswith("step-")]
+    assert sorted(left) == ["step-00000002", "step-00000003"], "keep_last=2"
 
 
 def test_dcps_pickle_builds_nothing_but_dcps_own_records(tmp_path):

@@ -1,5 +1,6 @@
 """The central promise, that no gradient depends on the layout; and the other parts of main.py."""
 
+import functools
 import json
 import math
 
@@ -190,6 +191,19 @@ def test_recomputation_and_compilation_change_no_gradient(
     assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
     for name, gradient in result["gradients"].items():
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
+
+
+def test_a_run_may_have_many_shapes(config, monkeypatch):
+    """What a rank gets varies with the documents; each shape is compiled with and without grad."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {}), "full")
+    main.apply_compile(model)
+    for tokens in range(1, 11):
+        x = torch.randn(tokens, model.config.hidden_size, requires_grad=True)
+        cos, sin = torch.randn(2, tokens, model.config.head_dim // 2)
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                model.model.layers[0].before_attention(x, cos, sin)
 
 
 def test_the_batch_has_what_it_should(folder):

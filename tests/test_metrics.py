@@ -79,6 +79,20 @@ def test_metrics_jsonl_has_one_object_a_step_in_a_fixed_order(tmp_path):
     assert records[0]["tflops_per_gpu"] == pytest.approx(flops / 2 / 0.5 / 1e12)
 
 
+def test_tensorboard_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """Its thread ends with a full disk, and every later call raises that error again."""
+    pytest.importorskip("torch.utils.tensorboard")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", fail)
+    write_run(tmp_path, 3)
+    assert capsys.readouterr().out.count("warning") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_the_log_line_has_a_fixed_order_and_units(tmp_path, capsys):
     write_run(tmp_path, 1)
     line = capsys.readouterr().out.strip()

@@ -253,6 +253,18 @@ def test_logits_exist_for_one_slice_at_a_time(cp_group, monkeypatch):
     assert 16 * config.vocab_size not in kept
 
 
+def test_a_loss_without_gradients_computes_none(cp_group, monkeypatch):
+    """As in an evaluation: no second and third product with the head."""
+    monkeypatch.setattr(modeling_llama, "_add_product", None)
+    model = LlamaForCausalLM(SMALL)
+    tokens, labels = torch.randint(SMALL.vocab_size, (2, 64))
+    with torch.no_grad():
+        loss_sum = run_model(model, tokens, [64], cp_group, labels=labels)
+        logits = run_model(model, tokens, [64], cp_group)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_labels_that_are_all_ignored_give_zero_and_no_nan(cp_group):
     model = LlamaForCausalLM(SMALL)
     labels = torch.full((16,), -100)

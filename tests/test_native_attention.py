@@ -17,12 +17,14 @@ def test_attention_and_its_gradients_equal_dense_attention(processes, cp_sizes):
 
 
 def test_blocks_are_limited_in_size_and_change_nothing(monkeypatch, cp_group):
-    """Of whole documents, one at least; only sizes that come again are said to recur."""
-    lengths = [8, 8, 30, 1, 17]
+    """Of whole documents, one at least, short ones counted as 128 tokens. Only sizes that come
+    again are said to recur.
+    """
+    lengths = [128, 128, 480, 16, 272]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     torch.manual_seed(0)
     inputs = [
-        torch.randn(64, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+        torch.randn(1024, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
     ]
 
     def attend(max_block_size):
@@ -32,8 +34,8 @@ def test_blocks_are_limited_in_size_and_change_nothing(monkeypatch, cp_group):
         return key.local_blocks, [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
     (whole,), expected = attend(65_536)
-    blocks, found = attend(20)
-    assert [block.lengths_q for block in blocks] == [[8, 8], [30], [1, 17]]
+    blocks, found = attend(400)
+    assert [block.lengths_q for block in blocks] == [[128, 128], [480], [16, 272]]
     assert [block.recurs for block in blocks] == [True, False, False] and not whole.recurs
     for x, y in zip(found, expected, strict=True):
         assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)

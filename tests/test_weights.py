@@ -1,5 +1,6 @@
 """Weights to and from transformers: the same tensors and the same logits."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ def test_an_exported_run_is_the_same_model_in_transformers(undisturbed, cp_group
     assert theirs.std() > 0.1, "trained, not zeros"
     with pytest.raises(ValueError, match="exists; give the name of a new folder"):
         checkpoint.export(str(undisturbed[2]), folder, "float32", 5.0)
+
+
+def test_a_folder_is_needed_at_the_start_alone(tmp_path):
+    shape = LlamaConfig.from_preset("tiny", {})
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
+    assert weights.read_config(str(tmp_path), {}) == shape
+    (tmp_path / "config.json").unlink()
+    assert weights.read_config(str(tmp_path), {"num_hidden_layers": 3}).num_hidden_layers == 3
 
 
 @pytest.mark.parametrize("tied", [True, False])
