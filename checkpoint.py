@@ -83,7 +83,7 @@ def lock(output_dir: str) -> None:
         file.seek(0)
         raise CheckpointError(
             f"train_config.output_dir={output_dir!r} is in use: {file.read().strip()} writes it; "
-            "end that, or give another output_dir"
+            f"end that, or remove {file.name} if it is gone, or give another output_dir"
         ) from None
     except OSError:
         pass  # a file system that has no locks

@@ -109,6 +109,12 @@ def test_saved_attention_that_nobody_needs_any_more_is_freed_at_once(cp_group):
 # seen in the one that PyPI has under the name magi_attention, version 0.0.1.
 
 
+@pytest.fixture(autouse=True)
+def a_hopper(monkeypatch):
+    """Whoever asks for the GPU's capability hears of Hopper's."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
 def refuse(sentence: str, head_dim=64, dtype="bfloat16", device="cuda") -> None:
     """Asked for by name it is an error that says why; `auto` takes native and gives that reason."""
     with pytest.raises(ValueError, match=f"'magi_attention' cannot run: {sentence}"):
@@ -152,7 +158,6 @@ def test_a_missing_debugpy_is_named(another_magi_attention, tmp_path, monkeypatc
     (tmp_path / "magi_attention").mkdir()
     (tmp_path / "magi_attention/__init__.py").write_text("")
     (tmp_path / "magi_attention/api.py").write_text("import debugpy")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "debugpy", None)  # as if it were not installed
     monkeypatch.syspath_prepend(tmp_path)
     refuse("it imports 'debugpy' without declaring it")
@@ -172,9 +177,16 @@ def test_a_gpu_that_is_none_or_no_hopper_is_refused(another_magi_attention, monk
 
 def test_a_library_that_imports_on_a_hopper_is_taken(another_magi_attention, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests/stand_in")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     expected = ("magi_attention", "version stand-in, auto")
     assert select_backend("auto", 128, "bfloat16", "cuda") == expected
+
+
+def test_bfloat16_needs_a_gpu_that_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(ValueError, match="'bfloat16' needs .* 8.0 .*Tesla T4 has less"):
+        select_backend("native", 64, "bfloat16", "cuda")
+    assert select_backend("native", 64, "float32", "cuda")[0] == "native"
 
 
 def test_native_is_always_there():
