@@ -29,6 +29,7 @@ import context_parallel
 import llama_pretrain_config
 import main
 import metrics
+from process import exit_with, leave, rank
 
 WARMUP_STEPS = 2  # compilation, FSDP's and NCCL's first time, and one to fill the queue
 # The matrix products' part of the kernel-bound limit: what cuBLAS reaches in bfloat16 on the shapes
@@ -96,7 +97,7 @@ def measure(arguments: list[str], warmup: int, steps: int) -> dict:
         optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
         main.train(model, optimizer, lr_scheduler, device_mesh, train_iters)
         records = [[]]
-        if metrics.rank() == 0:
+        if rank() == 0:
             with open(f"{folder}/metrics.jsonl") as file:
                 records = [[json.loads(line) for line in file][warmup:]]
         dist.broadcast_object_list(records)
@@ -274,7 +275,7 @@ def run(options: argparse.Namespace) -> None:
         case_arguments, steps = (overrides(name), CASES[name][-1]) if names else ([], 10)
         result = measure([*case_arguments, *changes], options.warmup, options.steps or steps)
         result |= {"case": name, "backend": main.parallel_config["context_parallel_backend"]}
-        if metrics.rank() == 0:
+        if rank() == 0:
             with open(options.results, "a") as file:
                 file.write(json.dumps(result) + "\n")
             print(table([result]), flush=True)
@@ -300,11 +301,11 @@ if __name__ == "__main__":
     try:
         if not options.report:
             run(options)
-            metrics.leave()
-        elif metrics.rank() == 0:
+            leave()
+        elif rank() == 0:
             with open(options.results) as file:
                 results = [json.loads(line) for line in file]
             print(table(results))
             draw(results, options.plot)
     except (ValueError, OSError) as error:
-        metrics.exit_with(error)
+        exit_with(error)

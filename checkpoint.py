@@ -8,16 +8,13 @@ checkpoint_format.py has what such a folder consists of, and how it is written.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,52 +38,10 @@ from checkpoint_format import (
     remove_leftovers,
 )
 from configuration_llama import LlamaConfig
+from process import restarts
 
 # What a run may not change when it goes on: it would not be the same run. All else may differ.
 FIXED = ("data", "llama_config.", "train_config.seed")
-
-
-def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Returns the store through which the ranks find each other, this rank and the world size.
-
-    torchrun keeps its store when it starts the processes of a node again, and these would take the
-    addresses that are left there for each other's. So each start on one node has keys of its own.
-    (Over several nodes the counts of restarts differ; there a scheduler has to start all again.)
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return dist.HashStore(), 0, 1
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        store = dist.PrefixStore(f"start {restarts()}", store)
-    return store, rank, world_size
-
-
-def restarts() -> int:
-    """Returns how often torchrun has started this run again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-locks = []  # open files: closed, they would lock no more
-
-
-def lock(output_dir: str) -> None:
-    """Keeps other runs out of output_dir as long as this process lives.
-
-    Raises CheckpointError if one is in there: two would write over each other's files.
-    """
-    locks.append(file := open(os.path.join(output_dir, "lock"), "a+"))
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise CheckpointError(
-            f"train_config.output_dir={output_dir!r} is in use: {file.read().strip()} writes it; "
-            f"end that, or remove {file.name} if it is gone, or give another output_dir"
-        ) from None
-    except OSError:
-        pass  # a file system that has no locks
 
 
 def find(config: dict[str, Any]) -> list[str]:

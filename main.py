@@ -34,9 +34,9 @@ import weights
 from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
-from metrics import log
 from modeling_llama import LlamaForCausalLM
 from preflight import build_llama_config, open_token_source, run_config, set_up
+from process import exit_with, leave, log, meet
 
 LAYERS_PER_GROUP = 4  # gathered together: fewer and larger messages, for a little memory
 
@@ -53,7 +53,7 @@ def init_env() -> None:
         backend = "cpu:gloo,cuda:nccl"
     # Longer than the watchdog of a step waits, which can say more.
     timeout = timedelta(seconds=2 * train_config["step_timeout"])
-    store, rank, world_size = checkpoint.meet(timeout)
+    store, rank, world_size = meet(timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
@@ -394,9 +394,8 @@ def train(
             due = is_last or evaluates or checkpointer.is_due(train_iter + 1, stop)
             while len(queue) > (1 if on_gpu and not due else 0):
                 record, done, results, end = queue.popleft()
-                record["step_seconds"] = metrics.seconds_between(
-                    start, end
-                )  # the one wait of a step
+                # The one wait of a step.
+                record["step_seconds"] = metrics.seconds_between(start, end)
                 record["loss"], record["grad_norm"] = results.tolist()
                 start = end
                 metrics.check_finite(
@@ -416,7 +415,7 @@ def main(arguments: list[str]) -> None:
     try:
         set_up(arguments)
     except ValueError as error:
-        metrics.exit_with(error)
+        exit_with(error)
     init_env()
     device_mesh = build_mesh()
     model = build_llama_model()
@@ -426,7 +425,7 @@ def main(arguments: list[str]) -> None:
     try:
         train(model, optimizer, lr_scheduler, device_mesh, train_config["train_iters"])
     except (FloatingPointError, checkpoint.CheckpointError) as error:
-        metrics.exit_with(error)
+        exit_with(error)
     dist.barrier()  # no rank ends while another's threads still wait for it
     dist.destroy_process_group()
 
@@ -437,4 +436,4 @@ if __name__ == "__main__":
             print(llama_pretrain_config.describe())
     else:
         main(sys.argv[1:])
-        metrics.leave()
+        leave()

@@ -16,21 +16,20 @@ import platform
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from configuration_llama import LlamaConfig
+from process import log, rank
 
 # Dense bf16 FLOP/s by words of `torch.cuda.get_device_name()`, NVIDIA's data sheets; first match.
 PEAK_FLOPS = {
@@ -41,42 +40,6 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "A100": 312e12,
 }
-
-
-def rank() -> int:
-    """Returns this process's rank; known before there is a process group."""
-    return int(os.environ.get("RANK", 0))
-
-
-def log(message: str) -> None:
-    """Prints on rank 0 alone."""
-    if rank() == 0:
-        print(message, flush=True)
-
-
-def exit_with(error: Exception) -> NoReturn:
-    """Ends this process with the error, one sentence that a person sees once on each node.
-
-    Rank 0 speaks, and its exit makes torchrun end the other ranks of its node. What is wrong may be
-    wrong on another node alone (a missing file), so the first rank there speaks too, if it is still
-    there after a while.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: torchrun may end this
-    first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if rank() != 0:
-        time.sleep(10 if first_of_node else 20)  # whoever exits first ends the node's others
-    sys.exit(f"error: {error}" if first_of_node else 1)
-
-
-def leave() -> NoReturn:
-    """Ends this process, whose work is done and saved, with 0, and without Python's own ending.
-
-    A thread of gloo lets go of a collective's tensors only after that has been waited for. If
-    Python ends meanwhile, the thread cannot take Python's lock any more, and aborts the process.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 @functools.cache
@@ -189,17 +152,6 @@ def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | flo
         return end - start
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def make_output_dir(output_dir: str) -> None:
-    """Makes the folder where it is missing. Raises ValueError if it cannot be written."""
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise ValueError(
-            f"train_config.output_dir={output_dir!r} cannot be written: {error}"
-        ) from None
 
 
 class MetricsWriter:

@@ -16,8 +16,8 @@ import weights
 from configuration_llama import LlamaConfig
 from data import RandomSource, TokenSource, open_source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
-from metrics import log
 from modeling_llama import LlamaForCausalLM
+from process import log, take_output_dir
 
 
 def build_llama_config() -> LlamaConfig:
@@ -81,9 +81,7 @@ def set_up(arguments: list[str]) -> None:
     if model_config["init_from"]:
         with torch.device("meta"):
             weights.check_weights(LlamaForCausalLM(config), model_config["init_from"])
-    metrics.make_output_dir(train_config["output_dir"])
-    if metrics.rank() == 0:
-        checkpoint.lock(train_config["output_dir"])
+    take_output_dir(train_config["output_dir"])
     checkpoint.check_resume(run_config())
 
     for line in notes:

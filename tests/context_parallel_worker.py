@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import metrics
+import process
 from context_parallel import calc_attn, load_api
 
 NH, NKV, HD = 4, 2, 64
@@ -128,7 +128,7 @@ def main() -> None:
             check(backend, mesh, dtype, [256] * 8, causal, chunk_size=1024)  # whole documents
     dist.barrier()  # no rank ends while another's threads still wait for it
     dist.destroy_process_group()
-    metrics.leave()
+    process.leave()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_pretrain_config
 import main
-import metrics
+import process
 from data import IGNORED_LABEL
 
 
@@ -93,4 +93,4 @@ if __name__ == "__main__":
         torch.save(results, sys.argv[2])
     dist.barrier()
     dist.destroy_process_group()
-    metrics.leave()
+    process.leave()
