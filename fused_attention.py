@@ -112,17 +112,15 @@ def backward(
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def join(
-    out: Tensor, log_sum: Tensor, more_out: Tensor, more_log_sum: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns output and log-sum-exp of the keys of two parts together, for the same queries.
+def join(out: Tensor, log_sum: Tensor, more_out: Tensor, more_log_sum: Tensor) -> None:
+    """Makes of out and log_sum those of the keys of two parts together, for the same queries.
 
     out: [n, nh, hd]; log_sum: [nh, n]. Each part counts by its share of the summed exponentials:
     exp(b) / (exp(a) + exp(b)) = sigmoid(b - a).
     """
     share = torch.sigmoid(more_log_sum - log_sum).T[..., None]
-    joined = out.to(share.dtype, copy=True).lerp_(more_out.to(share.dtype), share)
-    return joined.to(out.dtype), torch.logaddexp(log_sum, more_log_sum)
+    out.copy_(out.to(share.dtype).lerp(more_out.to(share.dtype), share))
+    log_sum.copy_(torch.logaddexp(log_sum, more_log_sum))
 
 
 def _kernel(block: Block, q: Tensor) -> str:

@@ -341,9 +341,7 @@ class _NativeAttention(torch.autograd.Function):
             for block in key.stream_blocks:
                 rows = block.queries
                 *part, state = fused_attention.forward(block, q, k_stream, v_stream)
-                out[rows], log_sum[:, rows] = fused_attention.join(
-                    out[rows], log_sum[:, rows], *part
-                )
+                fused_attention.join(out[rows], log_sum[:, rows], *part)
                 ctx.states.append(state)
         ctx.key = key
         ctx.save_for_backward(q, k, v, out, log_sum)
