@@ -98,9 +98,11 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         cast_forward_inputs=False,
     )
     recomputes = train_config["activation_checkpointing"] != "none"
-    layers = list(model.model.layers)
-    for first in range(0, len(layers), LAYERS_PER_GROUP):
-        group = layers[first : first + LAYERS_PER_GROUP]
+    first, *others = model.model.layers
+    groups = [[first]]  # alone: a step waits for it to begin, and for its gradients to end
+    for i in range(0, len(others), LAYERS_PER_GROUP):
+        groups.append(others[i : i + LAYERS_PER_GROUP])
+    for group in groups:
         fully_shard(group, mesh=dp_cp, mp_policy=policy, reshard_after_forward=recomputes)
     if not model.config.tie_word_embeddings:
         head = [model.model.norm, model.lm_head]  # used last, so kept for backward
@@ -114,7 +116,8 @@ def apply_compile(model: LlamaForCausalLM) -> None:
     # layers together. One too many is an error, not a slow run.
     torch._dynamo.config.recompile_limit = 64
     compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    model.lm_head.cross_entropy = compiled(model.lm_head.cross_entropy)
+    tuned = {"coordinate_descent_tuning": True}  # its kernel's block sizes, for a second
+    model.lm_head.cross_entropy = compiled(model.lm_head.cross_entropy, options=tuned)
     for layer in model.model.layers:
         layer.before_attention = compiled(layer.before_attention)
         layer.after_attention = compiled(layer.after_attention)

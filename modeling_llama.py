@@ -275,9 +275,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, labels, cross_entropy):
         needs_gradient = any(ctx.needs_input_grad)
         loss_sum = torch.zeros((), device=x.device)
-        if needs_gradient:
-            grad_x = torch.empty_like(x)
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_x, grad_weight = torch.empty_like(x) if needs_gradient else None, None
         start = 0
         for x_part, labels_part in zip(
             x.split(LOSS_SLICE_SIZE), labels.split(LOSS_SLICE_SIZE), strict=True
@@ -286,7 +284,7 @@ class _HeadLoss(torch.autograd.Function):
             loss_sum += loss
             if needs_gradient:
                 torch.mm(grad_logits, weight, out=grad_x[start : start + len(x_part)])
-                _add_product(grad_weight, grad_logits.T, x_part)
+                grad_weight = _add_product(grad_weight, grad_logits.T, x_part)
             start += len(x_part)
         if needs_gradient:
             ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
@@ -299,12 +297,16 @@ class _HeadLoss(torch.autograd.Function):
         return grad_x * grad, grad_weight * grad, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in float32 where a and b are bfloat16 on a GPU, without a copy between."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Returns total, if there is one, + a @ b, in float32; in place, and on a GPU without a copy
+    between where a and b are bfloat16.
+    """
+    if a.is_cuda and a.dtype != torch.float32:
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    product = (a @ b).float()
+    return product if total is None else total.add_(product)
 
 
 class LlamaForCausalLM(nn.Module):
