@@ -20,7 +20,7 @@ from configuration_llama import LlamaConfig
 from context_parallel import SavedAttention, calc_attn
 
 LOSS_SLICE_SIZE = 8192  # tokens whose logits exist at a time
-MLP_SLICE_SIZE = 16_384  # tokens whose MLP activations exist at a time, where they are recomputed
+LAYER_SLICE_SIZE = 16_384  # tokens that a layer recomputes, around its attention, at a time
 
 
 def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
@@ -140,9 +140,9 @@ class _Recompute(torch.autograd.Function):
     """A decoder layer that keeps its input alone and computes the rest again in backward.
 
     "selective" also keeps what the attention needs for its backward but q, k and v
-    (`SavedAttention`), and so never runs its kernel a second time. The half behind the attention
-    goes slice by slice: the MLP's activations, 12 times as large as the input, exist for
-    MLP_SLICE_SIZE tokens.
+    (`SavedAttention`), and so never runs its kernel a second time. What surrounds the attention
+    goes slice by slice: its activations, the MLP's alone 12 times as large as the input, exist for
+    LAYER_SLICE_SIZE tokens.
 
     It stands inside the layer, so that FSDP, which wraps the layer from outside, gathers the
     layer's parameters once for the recomputation and the gradients. The gradients of the
@@ -169,21 +169,30 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, cos, sin = ctx.saved_tensors
-        layer = ctx.layer
+        x, layer = x.detach(), ctx.layer
         attention, ctx.attention = ctx.attention, None  # its memory ends with this call
-        x = x.detach().requires_grad_()
+        x_parts, qkv_parts = [], []
+        for x_part, *cos_sin in _slices(x, cos, sin):
+            x_parts.append(x_part.requires_grad_())
+            with torch.enable_grad():
+                qkv_parts.append(layer.before_attention(x_part, *cos_sin))
+        edges = [[torch.autograd.graph.get_gradient_edge(y) for y in part] for part in qkv_parts]
+        qkv = [torch.cat(parts).requires_grad_() for parts in zip(*qkv_parts, strict=True)]
+        del qkv_parts
         with torch.enable_grad():
-            qkv = layer.before_attention(x, cos, sin)
             out = attention.out if attention else calc_attn(*qkv, ctx.runtime_key)[0]
-        grad_x, grad_out = _backward_after_attention(layer, grad, x.detach(), out.detach())
+        grad_x, grad_out = _backward_after_attention(layer, grad, x, out.detach())
         if attention:
             gradients = attention.gradients(grad_out, *qkv)
         else:
             gradients = torch.autograd.grad(out, qkv, grad_out)
-        edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in qkv]
         del attention, qkv, out, grad_out  # what follows needs memory, but none of these
-        torch.autograd.backward(edges, gradients)
-        return grad_x.add_(x.grad), None, None, None, None
+        slices = zip(x_parts, edges, _slices(grad_x, *gradients), strict=True)
+        for x_part, edges_part, (grad_x_part, *gradients_part) in slices:
+            torch.autograd.backward(edges_part, gradients_part)
+            grad_x_part.add_(x_part.grad)
+            x_part.grad = None
+        return grad_x, None, None, None, None
 
 
 def _backward_after_attention(
@@ -205,8 +214,8 @@ def _backward_after_attention(
 
 
 def _slices(*tensors: Tensor):
-    """Returns the tensors' slices of MLP_SLICE_SIZE tokens, those of the same tokens together."""
-    return zip(*(tensor.split(MLP_SLICE_SIZE) for tensor in tensors), strict=True)
+    """Returns the tensors' slices of LAYER_SLICE_SIZE tokens, those of the same tokens together."""
+    return zip(*(tensor.split(LAYER_SLICE_SIZE) for tensor in tensors), strict=True)
 
 
 class LlamaModel(nn.Module):

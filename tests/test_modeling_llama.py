@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import context_parallel
 import modeling_llama
 from configuration_llama import LLAMA_32_ROPE, PRESETS, LlamaConfig
-from modeling_llama import LlamaForCausalLM, LlamaHead, rope_cos_sin
+from modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaHead, rope_cos_sin
 from native_attention import magi_attn_varlen_dispatch
 
 SMALL = LlamaConfig(
@@ -117,7 +117,7 @@ def test_slices_and_recomputation_change_no_gradient(
     slice_size, activation_checkpointing, cp_group, monkeypatch
 ):
     monkeypatch.setattr(modeling_llama, "LOSS_SLICE_SIZE", slice_size)
-    monkeypatch.setattr(modeling_llama, "MLP_SLICE_SIZE", slice_size)
+    monkeypatch.setattr(modeling_llama, "LAYER_SLICE_SIZE", slice_size)
     torch.manual_seed(2)
     config = CONFIGS["untied"]
     model = LlamaForCausalLM(config)
@@ -164,11 +164,18 @@ def test_what_is_frozen_cuts_nothing_else_off(frozen, activation_checkpointing, 
 def test_what_is_kept_for_backward_and_what_is_computed_again(
     activation_checkpointing, calls, cp_group, monkeypatch
 ):
-    monkeypatch.setattr(modeling_llama, "MLP_SLICE_SIZE", 64)
+    monkeypatch.setattr(modeling_llama, "LAYER_SLICE_SIZE", 64)
     calls_found, kept = [], {}
     for module in (modeling_llama, context_parallel):
         counted = functools.partial(count_call, calls_found, module.calc_attn)
         monkeypatch.setattr(module, "calc_attn", counted)
+    before_attention, with_graph = LlamaDecoderLayer.before_attention, [0]
+
+    def noted(layer, x, *args):
+        with_graph.append(len(x) * torch.is_grad_enabled())
+        return before_attention(layer, x, *args)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "before_attention", noted)
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor
@@ -196,6 +203,7 @@ def test_what_is_kept_for_backward_and_what_is_computed_again(
         angles = 4 * 512 * config.head_dim
         assert floats_kept <= layers * per_layer[activation_checkpointing] + head + angles
         assert largest.elements < mlp
+        assert max(with_graph) == 64
 
 
 def test_a_compiled_layer_that_recomputes_keeps_its_input_but_not_the_norm_of_it():
