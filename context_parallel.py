@@ -149,24 +149,23 @@ class SavedAttention:
 
     It keeps `out` and what else the backend saves for backward (the log-sum-exp; magi_attention at
     cp > 1 its copy of k and v), but not q, k and v: their memory is given back, and filled again
-    for `gradients`. That goes past autograd, which sees the same tensors as before.
+    for backward. That goes past autograd, which sees the same tensors as before.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, key: object) -> None:
-        """As `calc_attn`; `self.out` is its output, [s, nh, hd]. q, k and v become empty."""
-        self._qkv = [_in_storage_of_its_own(x.detach()).requires_grad_() for x in (q, k, v)]
+        """As `calc_attn`; `out`, [s, nh, hd], depends on `qkv`. q, k and v become empty."""
+        self.qkv = [_in_storage_of_its_own(x.detach()).requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            self.out, _ = calc_attn(*self._qkv, key)
-        for x in self._qkv:
+            self.out, _ = calc_attn(*self.qkv, key)
+        for x in self.qkv:
             x.untyped_storage().resize_(0)
 
-    def gradients(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Returns the gradients of q, k and v, which have the values of the first time. Once."""
-        for x, again in zip(self._qkv, (q, k, v), strict=True):
+    def restore(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Fills `qkv` again; the arguments have the values of the first time."""
+        for x, again in zip(self.qkv, (q, k, v), strict=True):
             again = _in_storage_of_its_own(again.detach())
             x.untyped_storage().resize_(again.untyped_storage().nbytes())
             x.untyped_storage().copy_(again.untyped_storage())
-        return torch.autograd.grad(self.out, self._qkv, grad_out)
 
 
 def _in_storage_of_its_own(x: Tensor) -> Tensor:

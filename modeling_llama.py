@@ -179,13 +179,14 @@ class _Recompute(torch.autograd.Function):
         edges = [[torch.autograd.graph.get_gradient_edge(y) for y in part] for part in qkv_parts]
         qkv = [torch.cat(parts).requires_grad_() for parts in zip(*qkv_parts, strict=True)]
         del qkv_parts
-        with torch.enable_grad():
-            out = attention.out if attention else calc_attn(*qkv, ctx.runtime_key)[0]
-        grad_x, grad_out = _backward_after_attention(layer, grad, x, out.detach())
         if attention:
-            gradients = attention.gradients(grad_out, *qkv)
+            attention.restore(*qkv)
+            qkv, out = attention.qkv, attention.out
         else:
-            gradients = torch.autograd.grad(out, qkv, grad_out)
+            with torch.enable_grad():
+                out, _ = calc_attn(*qkv, ctx.runtime_key)
+        grad_x, grad_out = _backward_after_attention(layer, grad, x, out.detach())
+        gradients = torch.autograd.grad(out, qkv, grad_out)
         del attention, qkv, out, grad_out  # what follows needs memory, but none of these
         slices = zip(x_parts, edges, _slices(grad_x, *gradients), strict=True)
         for x_part, edges_part, (grad_x_part, *gradients_part) in slices:
@@ -210,6 +211,7 @@ def _backward_after_attention(
             layer.after_attention(x_part, out_part).backward(grad_part)
         grad_x_part.copy_(x_part.grad)
         grad_out_part.copy_(out_part.grad)
+        x_part.grad = out_part.grad = None  # the slices live on until the last
     return grad_x, grad_out
 
 
