@@ -247,12 +247,20 @@ def draw(results: list[dict], plot: str) -> None:
     right.set_ylabel("MFU, %")
     for axes in (left, right):
         axes.set(xlabel="tokens per row", xscale="log", ylim=(0, 1.08 * axes.get_ylim()[1]))
-        axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+        axes.set_xticks(lengths, [shown(n) for n in lengths])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(plot, dpi=150)
+
+
+def shown(tokens: int) -> str:
+    """Returns 512, 8k, 1M and the like."""
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if tokens >= size:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
 
 
 def is_peer_s_machine(result: dict) -> bool:
