@@ -256,10 +256,10 @@ def draw(results: list[dict], plot: str) -> None:
 
 
 def shown(tokens: int) -> str:
-    """Returns 512, 8k, 1M and the like."""
+    """Returns 512, 8k, 1.5M and the like."""
     for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
         if tokens >= size:
-            return f"{tokens // size}{unit}"
+            return f"{tokens / size:g}{unit}"
     return str(tokens)
 
 

@@ -153,19 +153,20 @@ class SavedAttention:
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, key: object) -> None:
-        """As `calc_attn`; `out`, [s, nh, hd], depends on `qkv`. q, k and v become empty."""
-        self.qkv = [_in_storage_of_its_own(x.detach()).requires_grad_() for x in (q, k, v)]
+        """As `calc_attn`; `self.out` is its output, [s, nh, hd]. q, k and v become empty."""
+        self._qkv = [_in_storage_of_its_own(x.detach()).requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            self.out, _ = calc_attn(*self.qkv, key)
-        for x in self.qkv:
+            self.out, _ = calc_attn(*self._qkv, key)
+        for x in self._qkv:
             x.untyped_storage().resize_(0)
 
-    def restore(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Fills `qkv` again; the arguments have the values of the first time."""
-        for x, again in zip(self.qkv, (q, k, v), strict=True):
+    def restore(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Returns the q, k and v that `out` depends on, filled again with these values."""
+        for x, again in zip(self._qkv, (q, k, v), strict=True):
             again = _in_storage_of_its_own(again.detach())
-            x.untyped_storage().resize_(again.untyped_storage().nbytes())
+            x.untyped_storage().resize_(x.nbytes)
             x.untyped_storage().copy_(again.untyped_storage())
+        return self._qkv
 
 
 def _in_storage_of_its_own(x: Tensor) -> Tensor:

@@ -113,13 +113,13 @@ def backward(
 
 
 def join(out: Tensor, log_sum: Tensor, more_out: Tensor, more_log_sum: Tensor) -> None:
-    """Makes of out and log_sum those of the keys of two parts together, for the same queries.
+    """Adds the keys of another part to out and log_sum, in place, for the same queries.
 
     out: [n, nh, hd]; log_sum: [nh, n]. Each part counts by its share of the summed exponentials:
     exp(b) / (exp(a) + exp(b)) = sigmoid(b - a).
     """
     share = torch.sigmoid(more_log_sum - log_sum).T[..., None]
-    out.copy_(out.to(share.dtype).lerp(more_out.to(share.dtype), share))
+    out.copy_(out.to(share.dtype, copy=True).lerp_(more_out.to(share.dtype), share))
     log_sum.copy_(torch.logaddexp(log_sum, more_log_sum))
 
 

@@ -98,10 +98,9 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         cast_forward_inputs=False,
     )
     recomputes = train_config["activation_checkpointing"] != "none"
-    first, *others = model.model.layers
-    groups = [[first]]  # alone: a step waits for it to begin, and for its gradients to end
-    for i in range(0, len(others), LAYERS_PER_GROUP):
-        groups.append(others[i : i + LAYERS_PER_GROUP])
+    layers, size = list(model.model.layers), LAYERS_PER_GROUP
+    # The first alone: nothing else is done while a step waits for its weights, or its gradients.
+    groups = [layers[:1], *(layers[i : i + size] for i in range(1, len(layers), size))]
     for group in groups:
         fully_shard(group, mesh=dp_cp, mp_policy=policy, reshard_after_forward=recomputes)
     if not model.config.tie_word_embeddings:
@@ -116,7 +115,7 @@ def apply_compile(model: LlamaForCausalLM) -> None:
     # layers together. One too many is an error, not a slow run.
     torch._dynamo.config.recompile_limit = 64
     compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    tuned = {"coordinate_descent_tuning": True}  # its kernel's block sizes, for a second
+    tuned = {"coordinate_descent_tuning": True}  # tries block sizes, which takes a second
     model.lm_head.cross_entropy = compiled(model.lm_head.cross_entropy, options=tuned)
     for layer in model.model.layers:
         layer.before_attention = compiled(layer.before_attention)

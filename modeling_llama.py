@@ -140,14 +140,15 @@ class _Recompute(torch.autograd.Function):
     """A decoder layer that keeps its input alone and computes the rest again in backward.
 
     "selective" also keeps what the attention needs for its backward but q, k and v
-    (`SavedAttention`), and so never runs its kernel a second time. What surrounds the attention
-    goes slice by slice: its activations, the MLP's alone 12 times as large as the input, exist for
-    LAYER_SLICE_SIZE tokens.
+    (`SavedAttention`), and so never runs its kernel a second time. The half behind the attention,
+    and in backward the half before it, go slice by slice: the MLP's activations, 12 times as large
+    as the input, exist for LAYER_SLICE_SIZE tokens.
 
     It stands inside the layer, so that FSDP, which wraps the layer from outside, gathers the
     layer's parameters once for the recomputation and the gradients. The gradients of the
     parameters are accumulated by the backward calls in here, those of x are returned: so only
-    `loss.backward()` finds the parameters' gradients, `torch.autograd.grad` does not.
+    `loss.backward()` finds the parameters' gradients, `torch.autograd.grad` does not, and a hook
+    on a parameter runs for each slice.
     """
 
     @staticmethod
@@ -171,28 +172,26 @@ class _Recompute(torch.autograd.Function):
         x, cos, sin = ctx.saved_tensors
         x, layer = x.detach(), ctx.layer
         attention, ctx.attention = ctx.attention, None  # its memory ends with this call
-        x_parts, qkv_parts = [], []
+        x_parts, qkv_parts, edges = [], [], []
         for x_part, *cos_sin in _slices(x, cos, sin):
-            x_parts.append(x_part.requires_grad_())
             with torch.enable_grad():
-                qkv_parts.append(layer.before_attention(x_part, *cos_sin))
-        edges = [[torch.autograd.graph.get_gradient_edge(y) for y in part] for part in qkv_parts]
+                part = layer.before_attention(x_part.requires_grad_(), *cos_sin)
+            x_parts.append(x_part)
+            qkv_parts.append(part)
+            edges.append([torch.autograd.graph.get_gradient_edge(tensor) for tensor in part])
         qkv = [torch.cat(parts).requires_grad_() for parts in zip(*qkv_parts, strict=True)]
-        del qkv_parts
+        del qkv_parts, part
         if attention:
-            attention.restore(*qkv)
-            qkv, out = attention.qkv, attention.out
+            qkv, out = attention.restore(*qkv), attention.out
         else:
             with torch.enable_grad():
                 out, _ = calc_attn(*qkv, ctx.runtime_key)
         grad_x, grad_out = _backward_after_attention(layer, grad, x, out.detach())
         gradients = torch.autograd.grad(out, qkv, grad_out)
-        del attention, qkv, out, grad_out  # what follows needs memory, but none of these
         slices = zip(x_parts, edges, _slices(grad_x, *gradients), strict=True)
         for x_part, edges_part, (grad_x_part, *gradients_part) in slices:
+            x_part.grad = grad_x_part  # to which autograd adds, in place
             torch.autograd.backward(edges_part, gradients_part)
-            grad_x_part.add_(x_part.grad)
-            x_part.grad = None
         return grad_x, None, None, None, None
 
 

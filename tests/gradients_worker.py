@@ -16,8 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_pretrain_config
 import main
+import modeling_llama
 import process
 from data import IGNORED_LABEL
+
+# Small enough that a rank's tokens are several slices and a rest.
+modeling_llama.LAYER_SLICE_SIZE = 1024 if torch.cuda.is_available() else 80
+modeling_llama.LOSS_SLICE_SIZE = 900 if torch.cuda.is_available() else 70
 
 
 class WholeParameters(TorchDispatchMode):

@@ -62,6 +62,24 @@ def test_parts_of_the_keys_joined_are_the_attention_to_all_of_them():
         assert relative_error(total, other) < 1e-13
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.bfloat16, 4e-3)])
+def test_joining_writes_into_the_rows_that_it_is_given(dtype, tolerance):
+    torch.manual_seed(0)
+    scores, values = torch.randn(NH, 6, 20, dtype=torch.float64), torch.randn(20, NH, HD).double()
+    whole, log_sums = torch.zeros(10, NH, HD, dtype=dtype), torch.zeros(NH, 10).double()
+
+    def part(keys):
+        out = torch.einsum("hqk,khd->qhd", scores[..., keys].softmax(-1), values[keys])
+        return out.to(dtype), scores[..., keys].logsumexp(-1)
+
+    whole[2:8], log_sums[:, 2:8] = part(slice(12))
+    join(whole[2:8], log_sums[:, 2:8], *part(slice(12, 20)))
+    expected, expected_sum = part(slice(20))
+    assert relative_error(whole[2:8], expected) < tolerance
+    assert relative_error(log_sums[:, 2:8], expected_sum) < 1e-13
+    assert (whole[:2] == 0).all() and (whole[8:] == 0).all()
+
+
 @pytest.mark.parametrize("lengths", [[256, 256, 256], [130, 300, 338], [768]])
 @pytest.mark.parametrize(
     "kernel, dtype, recurs",

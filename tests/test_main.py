@@ -51,9 +51,11 @@ def held_out(tmp_path_factory):
 
 
 def shape(tied=True, is_causal=True) -> dict:
-    """Fields that replace the preset's. Larger weights than usual: attention far from uniform."""
+    """Fields that replace the preset's. Larger weights than usual: attention far from uniform.
+    Three layers: the second and the third are one FSDP group.
+    """
     return {
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "initializer_range": 0.1,
         "tie_word_embeddings": tied,
         "is_causal": is_causal,
@@ -221,6 +223,17 @@ def test_each_rank_holds_its_share_of_the_model(results):
         assert result["local_parameters"] == parameters / (dp * cp)
         if dp * cp > 1:  # on one process the shards themselves are whole
             assert result["whole_parameters"] == 1
+
+
+def test_layers_are_gathered_in_groups_and_the_first_alone(config, monkeypatch):
+    """A layer in no group of its own would be gathered with the root, for the whole step."""
+    groups = []
+    monkeypatch.setattr(main, "fully_shard", lambda modules, **kwargs: groups.append(modules))
+    model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {"num_hidden_layers": 7}))
+    main.apply_fsdp(model, None)
+    layers = list(model.model.layers)
+    assert groups[:-1] == [layers[:1], layers[1:5], layers[5:]]
+    assert groups[-1] is model
 
 
 def test_weights_do_not_depend_on_the_layout(results):
