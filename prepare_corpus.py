@@ -329,6 +329,8 @@ def main(arguments: list[str]) -> None:
     command.add_argument("folder", metavar="DIR")
     options = vars(parser.parse_args(arguments))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated: nothing was written"))
+    # But a worker that waits for work would not come to raising that, and the pool wait for it.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         if options.pop("command") == "prepare":
             prepare(**options)
