@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from data import END_OF_DOCUMENT, find_files, read_prepared, sha256, token_dtype
+from corpus import END_OF_DOCUMENT, find_files, read_prepared, sha256, token_dtype
 from documents import check_columns, cut, located, read_texts, text_of
 
 ENCODED_DOCUMENTS = 64  # that a tokenizer gets at a time

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 import llama_pretrain_config
-from data import RandomSource, TokenSource, open_corpus, open_source
+from corpus import open_corpus
+from data import RandomSource, TokenSource, open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes

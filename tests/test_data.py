@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from conftest import open_data
 
+import corpus
 import data
 import main
-from data import END_OF_DOCUMENT, IGNORED_LABEL, sha256, token_dtype
+from corpus import END_OF_DOCUMENT, sha256, token_dtype
+from data import IGNORED_LABEL
 
 SIZES = [0, 1, 2, 5, 13, 40, 100, 333]  # bytes per document; a row below has 64 tokens
 # Document i is made of its own four letters, at random.
@@ -456,7 +458,7 @@ def test_a_damaged_folder_is_refused(numbers, damage, sentence):
 
 def test_what_a_start_leaves_unchecked_is_found_by_verify_or_when_it_is_read(numbers, monkeypatch):
     """Large files are not read whole at the start; a token beyond the vocabulary is seen anyway."""
-    monkeypatch.setattr(data, "CHECKED_BYTES", 100)
+    monkeypatch.setattr(corpus, "CHECKED_BYTES", 100)
     tokens = np.fromfile(numbers / "tokens.bin", dtype=np.uint16)
     tokens[500] = 1000
     tokens.tofile(numbers / "tokens.bin")
@@ -464,4 +466,4 @@ def test_what_a_start_leaves_unchecked_is_found_by_verify_or_when_it_is_read(num
     with pytest.raises(ValueError, match="it holds the token 1000, and its vocabulary ends at 999"):
         source.rows(0, 16, 64)
     with pytest.raises(ValueError, match="tokens.bin does not have the checksum"):
-        data.read_prepared(str(numbers), checked_bytes=float("inf"))
+        corpus.read_prepared(str(numbers), checked_bytes=float("inf"))

@@ -19,7 +19,7 @@ from conftest import ROOT, environment, open_data, run
 
 import documents
 import prepare_corpus
-from data import END_OF_DOCUMENT, read_prepared
+from corpus import END_OF_DOCUMENT, read_prepared
 from documents import cut, read_texts
 
 TEXTS = ["The first.\n", "", "Zwei: ü, 語, 🦙", "x" * 300, "a\r\nb\x00", "<|endoftext|> is text"]
