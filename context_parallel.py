@@ -1,23 +1,13 @@
-"""Context parallelism: the choice of a backend, and what both have in common.
+"""Context parallelism: the choice of a backend, and the attention call.
 
-A packed sequence of S tokens is cut into chunks, and each rank of the cp group gets equally many of
-them, chosen so that every rank has about the same number of (query, key) pairs to work on. The
-*runtime key* remembers who has what; it is built once per step and goes wherever the tokens go.
-
-    stream    | doc 0    | doc 1                  |doc 2| doc 3     |pad|
-    chunks    |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8  |  9  |
-    cp rank 0                2                 5     6           8     9
-    cp rank 1    0     1           3     4                 7
-
-The chunks are as large as the balance of the ranks allows (`balanced_chunk_size`): every cut costs.
-
-The backends are `magi_attention.api` and native_attention.py, which has the same functions.
+The backends are `magi_attention.api` and native_attention.py, which has the same functions. Both
+build a *runtime key*, which remembers which rank has which chunks of a packed sequence (chunks.py)
+and what they see; it is built once per step and goes wherever the tokens go.
 """
 
 import importlib
 import importlib.machinery
 import importlib.util
-import math
 import os
 from types import ModuleType
 
@@ -25,10 +15,7 @@ import torch
 from torch import Tensor
 
 import native_attention
-from native_attention import balanced_partitions, chunk_areas
 
-MAX_IMBALANCE = 1.03  # largest over mean area of the ranks for which chunks are not cut smaller
-MIN_CHUNK_SIZE = 16  # tokens; below it they are not cut either
 # Where magi_attention's own default is slower; what is set in the environment stays.
 MAGI_ATTENTION_ENVIRONMENT = {
     "MAGI_ATTENTION_MIN_CHUNKS_PER_RANK": "1",  # `balanced_chunk_size` knows how many it takes
@@ -107,28 +94,6 @@ def load_api(backend: str) -> ModuleType:
     """Returns the module that holds the calls: `magi_attention.api`, or native_attention."""
     modules = {"magi_attention": "magi_attention.api", "native": "native_attention"}
     return importlib.import_module(modules[backend])
-
-
-def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
-    """Returns the largest chunk size, in tokens, with which the ranks are balanced to
-    MAX_IMBALANCE, or if none will do, the one that balances them best.
-
-    cu_seqlens: [documents + 1], on the CPU. It tries 1, 2, 4, ... chunks per rank: of one causal
-    document two are enough (the first with the last), of many documents often one, and then those
-    that a rank has whole need nothing of the others.
-    """
-    total_seqlen = int(cu_seqlens[-1])
-    best = (math.inf, 0)  # imbalance, and minus the chunk size: of equals the larger
-    chunks_per_rank = 1
-    while True:
-        chunk_size = -(-total_seqlen // (chunks_per_rank * cp_size))
-        areas = chunk_areas(cu_seqlens, chunk_size, causal, cp_size)
-        loads = [sum(areas[c] for c in chunks) for chunks in balanced_partitions(areas, cp_size)]
-        imbalance = max(loads) * cp_size / sum(loads)
-        best = min(best, (imbalance, -chunk_size))
-        if imbalance <= MAX_IMBALANCE or chunk_size <= MIN_CHUNK_SIZE:
-            return -best[1]
-        chunks_per_rank *= 2
 
 
 def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> tuple[Tensor, object]:

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 import checkpoint
+import chunks
 import context_parallel
 import llama_pretrain_config
 import metrics
@@ -215,7 +216,7 @@ def prepare_magi_attention(
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     position_ids = (torch.arange(len(starts)) - starts).to(device_mesh.device_type)
     cp_size = device_mesh["cp"].size()
-    chunk_size = context_parallel.balanced_chunk_size(cu_seqlens, config.is_causal, cp_size)
+    chunk_size = chunks.balanced_chunk_size(cu_seqlens, config.is_causal, cp_size)
 
     # magi_attention deprecates this call; magi_attn_varlen_key (the same arguments without the
     # first) and dispatch replace it. It also wants pad_size=0, and the chunk size in the config.

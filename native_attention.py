@@ -10,7 +10,6 @@ Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `nh` heads
 heads, `hd` head_dim.
 """
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 import fused_attention
+from chunks import balanced_partitions, chunk_areas
 from fused_attention import Block, make_block
 
 # torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
@@ -125,38 +125,6 @@ def get_position_ids(key: DistAttnRuntimeKey) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # The plan
 # ---------------------------------------------------------------------------------------------
-
-
-def chunk_areas(cu_seqlens: Tensor, chunk_size: int, causal: bool, cp_size: int) -> list[int]:
-    """Returns how many (query, key) pairs of the mask each chunk has, padding chunks none."""
-    total_seqlen = int(cu_seqlens[-1])
-    num_chunks = -(-total_seqlen // (chunk_size * cp_size)) * cp_size
-    lengths = cu_seqlens.long().diff()
-    areas = lengths * (lengths + 1) // 2 if causal else lengths * lengths
-    before = F.pad(areas.cumsum(0), (1, 0))  # the area of all documents before each
-    bounds = (torch.arange(num_chunks + 1) * chunk_size).clamp(max=total_seqlen)
-    document = torch.searchsorted(cu_seqlens[1:].long(), bounds, right=True)
-    document = document.clamp(max=len(lengths) - 1)
-    into = bounds - cu_seqlens[document]
-    part = into * (into + 1) // 2 if causal else into * lengths[document]
-    return (before[document] + part).diff().tolist()
-
-
-def balanced_partitions(areas: list[int], cp_size: int) -> list[list[int]]:
-    """Deals chunks out to ranks: equally many each, their summed areas as equal as greed gets them.
-
-    The largest chunk that is left goes to the rank with the least area that still has room
-    (longest processing time first). `len(areas)` is a multiple of cp_size.
-    """
-    room = len(areas) // cp_size
-    partitions: list[list[int]] = [[] for _ in range(cp_size)]
-    heap = [(0, rank) for rank in range(cp_size)]
-    for chunk in sorted(range(len(areas)), key=lambda chunk: -areas[chunk]):
-        area, rank = heapq.heappop(heap)
-        partitions[rank].append(chunk)
-        if len(partitions[rank]) < room:
-            heapq.heappush(heap, (area + areas[chunk], rank))
-    return [sorted(chunks) for chunks in partitions]
 
 
 def _pieces(cu_seqlens: Tensor, chunk_size: int, chunks: list[int]) -> list[list[int]]:

@@ -390,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
 def test_positions_count_within_documents_and_labels_pad_with_ignored(
     config, cp_group, folder, monkeypatch
 ):
-    monkeypatch.setattr(main.context_parallel, "balanced_chunk_size", lambda *_: 50)
+    monkeypatch.setattr(main.chunks, "balanced_chunk_size", lambda *_: 50)
     main.set_up(overrides(folder, cp=1, accumulation=1))
     mesh = main.build_mesh()
     ((input_ids, labels, cu_seqlens),) = main.prepare_data(mesh, train_iter=0)

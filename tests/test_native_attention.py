@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT, gpus, torchrun
 
 import native_attention
-from native_attention import balanced_partitions, magi_attn_varlen_key
+from native_attention import magi_attn_varlen_key
 
 WORKER = ROOT / "tests/context_parallel_worker.py"
 
@@ -39,11 +39,6 @@ def test_blocks_are_limited_in_size_and_change_nothing(monkeypatch, cp_group):
     assert [block.recurs for block in blocks] == [True, False, False] and not whole.recurs
     for x, y in zip(found, expected, strict=True):
         assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
-
-
-def test_a_rank_that_has_its_share_of_chunks_gets_no_more():
-    assert balanced_partitions([1, 2, 3, 4], 2) == [[0, 3], [1, 2]]
-    assert balanced_partitions([9, 0, 0, 0], 2) == [[0, 3], [1, 2]]
 
 
 def test_what_native_cannot_do_is_refused(cp_group):

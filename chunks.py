@@ -1,0 +1,76 @@
+"""Chunks of a packed sequence: their size, for either backend, and who gets which in `native`.
+
+A packed sequence of S tokens is cut into chunks, and each rank of the cp group gets equally many of
+them, chosen so that every rank has about the same number of (query, key) pairs to work on.
+
+    stream    | doc 0    | doc 1                  |doc 2| doc 3     |pad|
+    chunks    |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8  |  9  |
+    cp rank 0                2                 5     6           8     9
+    cp rank 1    0     1           3     4                 7
+
+The chunks are as large as the balance of the ranks allows (`balanced_chunk_size`): every cut costs.
+"""
+
+import heapq
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_IMBALANCE = 1.03  # largest over mean area of the ranks for which chunks are not cut smaller
+MIN_CHUNK_SIZE = 16  # tokens; below it they are not cut either
+
+
+def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
+    """Returns the largest chunk size, in tokens, with which the ranks are balanced to
+    MAX_IMBALANCE, or if none will do, the one that balances them best.
+
+    cu_seqlens: [documents + 1], on the CPU. It tries 1, 2, 4, ... chunks per rank: of one causal
+    document two are enough (the first with the last), of many documents often one, and then those
+    that a rank has whole need nothing of the others.
+    """
+    total_seqlen = int(cu_seqlens[-1])
+    best = (math.inf, 0)  # imbalance, and minus the chunk size: of equals the larger
+    chunks_per_rank = 1
+    while True:
+        chunk_size = -(-total_seqlen // (chunks_per_rank * cp_size))
+        areas = chunk_areas(cu_seqlens, chunk_size, causal, cp_size)
+        loads = [sum(areas[c] for c in chunks) for chunks in balanced_partitions(areas, cp_size)]
+        imbalance = max(loads) * cp_size / sum(loads)
+        best = min(best, (imbalance, -chunk_size))
+        if imbalance <= MAX_IMBALANCE or chunk_size <= MIN_CHUNK_SIZE:
+            return -best[1]
+        chunks_per_rank *= 2
+
+
+def chunk_areas(cu_seqlens: Tensor, chunk_size: int, causal: bool, cp_size: int) -> list[int]:
+    """Returns how many (query, key) pairs of the mask each chunk has, padding chunks none."""
+    total_seqlen = int(cu_seqlens[-1])
+    num_chunks = -(-total_seqlen // (chunk_size * cp_size)) * cp_size
+    lengths = cu_seqlens.long().diff()
+    areas = lengths * (lengths + 1) // 2 if causal else lengths * lengths
+    before = F.pad(areas.cumsum(0), (1, 0))  # the area of all documents before each
+    bounds = (torch.arange(num_chunks + 1) * chunk_size).clamp(max=total_seqlen)
+    document = torch.searchsorted(cu_seqlens[1:].long(), bounds, right=True)
+    document = document.clamp(max=len(lengths) - 1)
+    into = bounds - cu_seqlens[document]
+    part = into * (into + 1) // 2 if causal else into * lengths[document]
+    return (before[document] + part).diff().tolist()
+
+
+def balanced_partitions(areas: list[int], cp_size: int) -> list[list[int]]:
+    """Deals chunks out to ranks: equally many each, their summed areas as equal as greed gets them.
+
+    The largest chunk that is left goes to the rank with the least area that still has room
+    (longest processing time first). `len(areas)` is a multiple of cp_size.
+    """
+    room = len(areas) // cp_size
+    partitions: list[list[int]] = [[] for _ in range(cp_size)]
+    heap = [(0, rank) for rank in range(cp_size)]
+    for chunk in sorted(range(len(areas)), key=lambda chunk: -areas[chunk]):
+        area, rank = heapq.heappop(heap)
+        partitions[rank].append(chunk)
+        if len(partitions[rank]) < room:
+            heapq.heappush(heap, (area + areas[chunk], rank))
+    return [sorted(chunks) for chunks in partitions]

@@ -1,0 +1,69 @@
+"""The balance of the ranks."""
+
+import pytest
+import torch
+
+import native_attention
+from chunks import balanced_chunk_size, balanced_partitions
+from native_attention import DispatchConfig, DistAttnConfig, magi_attn_varlen_key
+
+
+def imbalance(partitions: list[list[int]], chunk_size: int, lengths: list[int]) -> float:
+    """Largest over mean area of the ranks, counted pair by pair from the documents."""
+    seen = torch.cat([torch.arange(1, length + 1) for length in lengths])  # keys of each query
+    areas = []
+    for chunks in partitions:
+        areas.append(sum(seen[c * chunk_size : (c + 1) * chunk_size].sum().item() for c in chunks))
+    return max(areas) / (sum(areas) / len(areas))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_load_of_64_random_documents_is_balanced_at_cp_8(seed, monkeypatch, cp_group):
+    lengths = torch.randint(1, 4096, (64,), generator=torch.Generator().manual_seed(seed)).tolist()
+    partitions, chunk_size = plan(lengths, 8, monkeypatch, cp_group)
+    assert imbalance(partitions, chunk_size, lengths) <= 1.03
+    assert sorted(sum(partitions, [])) == list(range(len(partitions[0]) * 8))
+    assert len({len(chunks) for chunks in partitions}) == 1  # equally many tokens each
+
+
+def test_load_of_one_causal_document_is_balanced_at_cp_8(monkeypatch, cp_group):
+    partitions, chunk_size = plan([65_536], 8, monkeypatch, cp_group)
+    assert imbalance(partitions, chunk_size, [65_536]) <= 1.001
+    assert chunk_size == 4096  # two per rank: the first with the last, the second with ...
+    halves = [[2 * rank, 2 * rank + 1] for rank in range(8)]  # what contiguous gives
+    assert imbalance(halves, chunk_size, [65_536]) > 1.8
+
+
+def test_of_chunk_sizes_that_balance_alike_the_largest_is_taken():
+    """9, 18 and 36 tokens per chunk leave cp 7 equally far from balance under a full mask."""
+    cu_seqlens = torch.tensor([0, 252], dtype=torch.int32)
+    assert balanced_chunk_size(cu_seqlens, False, 7) == 36
+
+
+def test_documents_that_balance_as_they_are_stay_whole_and_need_no_other_rank(
+    monkeypatch, cp_group
+):
+    key = key_of([128] * 16, 4, monkeypatch, cp_group)
+    assert key.chunk_size == 512 and sorted(key.partitions) == [[0], [1], [2], [3]]
+    assert not key.gathers and key.stream_blocks == []
+
+
+def plan(lengths, cp_size, monkeypatch, cp_group) -> tuple[list[list[int]], int]:
+    """Returns the partitions and chunk size of a key."""
+    key = key_of(lengths, cp_size, monkeypatch, cp_group)
+    return key.partitions, key.chunk_size
+
+
+def key_of(lengths, cp_size, monkeypatch, cp_group):
+    """Returns a key as main.py makes it, on a group that says it has cp_size ranks."""
+    monkeypatch.setattr(native_attention.dist, "get_world_size", lambda group=None: cp_size)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    config = DistAttnConfig(DispatchConfig(balanced_chunk_size(cu_seqlens, True, cp_size)))
+    return magi_attn_varlen_key(
+        cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True, dist_attn_config=config
+    )
+
+
+def test_a_rank_that_has_its_share_of_chunks_gets_no_more():
+    assert balanced_partitions([1, 2, 3, 4], 2) == [[0, 3], [1, 2]]
+    assert balanced_partitions([9, 0, 0, 0], 2) == [[0, 3], [1, 2]]
