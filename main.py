@@ -101,8 +101,7 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     recomputes = train_config["activation_checkpointing"] != "none"
     layers, size = list(model.model.layers), LAYERS_PER_GROUP
     # The first alone: nothing else is done while a step waits for its weights, or its gradients.
-    groups = [layers[:1], *(layers[i : i + size] for i in range(1, len(layers), size))]
-    for group in groups:
+    for group in [layers[:1], *(layers[i : i + size] for i in range(1, len(layers), size))]:
         fully_shard(group, mesh=dp_cp, mp_policy=policy, reshard_after_forward=recomputes)
     if not model.config.tie_word_embeddings:
         head = [model.model.norm, model.lm_head]  # used last, so kept for backward

@@ -285,7 +285,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, labels, cross_entropy):
         needs_gradient = any(ctx.needs_input_grad)
         loss_sum = torch.zeros((), device=x.device)
-        grad_x, grad_weight = torch.empty_like(x) if needs_gradient else None, None
+        grad_x = torch.empty_like(x) if needs_gradient else None
+        grad_weight = None
         start = 0
         for x_part, labels_part in zip(
             x.split(LOSS_SLICE_SIZE), labels.split(LOSS_SLICE_SIZE), strict=True
