@@ -130,17 +130,22 @@ def get_position_ids(key: DistAttnRuntimeKey) -> Tensor:
 def _pieces(cu_seqlens: Tensor, chunk_size: int, chunks: list[int]) -> list[list[int]]:
     """Returns what a rank has of each document in one piece, in the order in which it holds them.
 
-    Each is [where it begins and ends in the stream, where its document does]. Pieces in
-    neighbouring chunks join. Padding is no piece; it stands behind all of them.
+    Each is [where it begins and ends in the stream, where its document does]. Neighbouring chunks
+    join, but not where one document fills the border of both and begins before them: all ranks then
+    have as much to do with their own keys, while the others' are gathered. Padding is no piece; it
+    stands behind all of them.
     """
+    cu_seqlens = cu_seqlens.long()
     begin = torch.tensor(chunks) * chunk_size
     end = (begin + chunk_size).clamp(max=int(cu_seqlens[-1]))
-    is_joined = begin[1:] == end[:-1]
-    begin, end = begin[~F.pad(is_joined, (1, 0))], end[~F.pad(is_joined, (0, 1))]
+    follows = F.pad(begin[1:] == end[:-1], (1, 0))
+    first_neighbour = begin[~follows][(~follows).cumsum(0) - 1]
+    document_begin = cu_seqlens[torch.searchsorted(cu_seqlens, begin, right=True) - 1]
+    joins = follows & (document_begin >= first_neighbour)
+    begin, end = begin[~joins], end[~F.pad(joins[1:], (0, 1))]
     begin, end = begin[begin < end], end[begin < end]
     if len(begin) == 0:
         return []
-    cu_seqlens = cu_seqlens.long()
     bounds = torch.cat([begin, end, cu_seqlens]).unique()
     first, last = bounds[:-1], bounds[1:]
     run = torch.searchsorted(begin, first, right=True) - 1  # of chunks, that begins before

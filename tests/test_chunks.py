@@ -48,6 +48,28 @@ def test_documents_that_balance_as_they_are_stay_whole_and_need_no_other_rank(
     assert not key.gathers and key.stream_blocks == []
 
 
+def test_ranks_have_equally_much_of_one_document_to_do_with_their_own_keys(monkeypatch, cp_group):
+    """And so with the others': no rank waits for those, though one has neighbouring chunks."""
+    areas = set()
+    for rank in range(4):
+        monkeypatch.setattr(native_attention.dist, "get_rank", lambda group=None, rank=rank: rank)
+        key = key_of([4096], 4, monkeypatch, cp_group)
+        own = sum(n * (n + 1) // 2 for block in key.local_blocks for n in block.lengths_q)
+        areas.add((own, sum(b.lengths_q[0] * b.lengths_k[0] for b in key.stream_blocks)))
+    assert areas == {(512 * 513, 7 * 512 * 512)}  # two chunks of 512 each, and 7 before them
+
+
+def test_a_document_that_begins_on_a_rank_goes_on_over_its_neighbouring_chunks(cp_group):
+    cu_seqlens = torch.tensor([0, 7, 47, 64], dtype=torch.int32)
+    config = DistAttnConfig(DispatchConfig(16))
+    key = magi_attn_varlen_key(
+        cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True, dist_attn_config=config
+    )
+    assert key.partitions == [[0, 1, 2, 3]]
+    assert [block.lengths_q for block in key.local_blocks] == [[7, 40, 17]]
+    assert not key.gathers and key.stream_blocks == []
+
+
 def plan(lengths, cp_size, monkeypatch, cp_group) -> tuple[list[list[int]], int]:
     """Returns the partitions and chunk size of a key."""
     key = key_of(lengths, cp_size, monkeypatch, cp_group)
