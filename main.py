@@ -120,6 +120,7 @@ def apply_compile(model: LlamaForCausalLM) -> None:
     for layer in model.model.layers:
         layer.before_attention = compiled(layer.before_attention)
         layer.after_attention = compiled(layer.after_attention)
+        layer.until_last_product = compiled(layer.until_last_product)
 
 
 def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> LlamaForCausalLM:

@@ -96,14 +96,18 @@ class LlamaMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """x: [s, h]; returns what down_proj takes, [s, intermediate_size]."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.hidden(x))
 
 
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm and added to the residual stream.
 
-    What surrounds the attention is in two methods, of tokens alone, which main.py may compile.
+    What surrounds the attention is in methods of tokens alone, which main.py may compile.
     """
 
     def __init__(self, config: LlamaConfig, activation_checkpointing: str) -> None:
@@ -127,6 +131,13 @@ class LlamaDecoderLayer(nn.Module):
     def after_attention(self, x: Tensor, out: Tensor) -> Tensor:
         x = x + self.self_attn.output(out)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def until_last_product(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the two parts of `after_attention`: the residual stream, [s, h], and what
+        down_proj takes; all that its gradients need.
+        """
+        x = x + self.self_attn.output(out)
+        return x, self.mlp.hidden(self.post_attention_layernorm(x))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: object) -> Tensor:
         """x: [s, h]; cos, sin: [s, hd / 2]; returns [s, h]."""
@@ -207,11 +218,29 @@ def _backward_after_attention(
     ):
         x_part, out_part = x_part.requires_grad_(), out_part.requires_grad_()
         with torch.enable_grad():
-            layer.after_attention(x_part, out_part).backward(grad_part)
+            residual, hidden = layer.until_last_product(x_part, out_part)
+            product = _UnreadProduct.apply(hidden, layer.mlp.down_proj.weight)
+        torch.autograd.backward([residual, product], [grad_part, grad_part])
         grad_x_part.copy_(x_part.grad)
         grad_out_part.copy_(out_part.grad)
         x_part.grad = out_part.grad = None  # the slices live on until the last
     return grad_x, grad_out
+
+
+class _UnreadProduct(torch.autograd.Function):
+    """The gradients of x @ weight.T, whose value nobody reads: it is not computed."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(()).expand(len(x), len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_weight = grad.T @ x if ctx.needs_input_grad[1] else None
+        return grad @ weight, grad_weight
 
 
 def _slices(*tensors: Tensor):
