@@ -227,13 +227,16 @@ def draw(results: list[dict], plot: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axes in (left, right):
+        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # for more lines than ten
     newest = {(r["case"], r["backend"], r["world_size"]): r for r in results}
     series: dict[str, list[tuple]] = {}
     for (case, backend, world_size), result in newest.items():
         data = result["config"]["data_config"]
         mask = "documents" if data["random_document_length"] else "causal"
         recomputation = result["config"]["train_config"]["activation_checkpointing"]
-        label = f"{backend}, {world_size} GPUs, {mask}, recomputation {recomputation}"
+        gpus = "1 GPU" if world_size == 1 else f"{world_size} GPUs"
+        label = f"{backend}, {gpus}, {mask}, recomputation {recomputation}"
         mfu = 100 * (result["mfu"] or math.nan)
         peer = TORCHTITAN.get(case, math.nan) if is_peer_s_machine(result) else math.nan
         series.setdefault(label, []).append((data["seqlen"], result["tokens_per_s"], mfu, peer))

@@ -12,6 +12,7 @@ from conftest import relative_error
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import context_parallel
 import modeling_llama
@@ -206,6 +207,23 @@ def test_what_is_kept_for_backward_and_what_is_computed_again(
         assert floats_kept <= layers * per_layer[activation_checkpointing] + head + angles
         assert largest.elements < mlp
         assert max(with_graph) == 64
+
+
+@pytest.mark.parametrize("activation_checkpointing", ["selective", "full"])
+def test_recomputation_leaves_out_the_last_product(activation_checkpointing, cp_group):
+    """Counted by torch: every matrix product of a layer once more, but that of down_proj."""
+    tokens, labels = torch.randint(SMALL.vocab_size, (2, 512))
+    counted = {}
+    for mode in ("none", activation_checkpointing):
+        model = LlamaForCausalLM(SMALL, mode)
+        with FlopCounterMode(display=False) as counter:
+            run_model(model, tokens, [512], cp_group, labels=labels).backward()
+        counted[mode] = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    layer = model.model.layers[0]
+    products = [m.weight.numel() for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    again = sum(products) - layer.mlp.down_proj.weight.numel()
+    expected = 2 * 512 * again * SMALL.num_hidden_layers
+    assert counted[activation_checkpointing] - counted["none"] == expected
 
 
 def test_a_compiled_layer_that_recomputes_keeps_its_input_but_not_the_norm_of_it():
