@@ -148,7 +148,8 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class _Recompute(torch.autograd.Function):
-    """A decoder layer that keeps its input alone and computes the rest again in backward.
+    """A decoder layer that keeps its input alone and computes the rest again in backward, but the
+    last product, whose value no gradient needs.
 
     "selective" also keeps what the attention needs for its backward but q, k and v
     (`SavedAttention`), and so never runs its kernel a second time. The half behind the attention,
@@ -228,7 +229,11 @@ def _backward_after_attention(
 
 
 class _UnreadProduct(torch.autograd.Function):
-    """The gradients of x @ weight.T, whose value nobody reads: it is not computed."""
+    """The gradients of x @ weight.T, whose value nobody reads: it is not computed.
+
+    It stands for a plain nn.Linear without bias: hooks on that, or a module in its place, would
+    count in forward alone.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):

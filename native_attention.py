@@ -131,9 +131,9 @@ def _pieces(cu_seqlens: Tensor, chunk_size: int, chunks: list[int]) -> list[list
     """Returns what a rank has of each document in one piece, in the order in which it holds them.
 
     Each is [where it begins and ends in the stream, where its document does]. Neighbouring chunks
-    join, but not where one document fills the border of both and begins before them: all ranks then
-    have as much to do with their own keys, while the others' are gathered. Padding is no piece; it
-    stands behind all of them.
+    join, but not in a document that begins before the first of them, and so on another rank: of one
+    causal document all ranks then have as much to do while the keys are gathered, of several about
+    as much. Padding is no piece; it stands behind all of them.
     """
     cu_seqlens = cu_seqlens.long()
     begin = torch.tensor(chunks) * chunk_size
