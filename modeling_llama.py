@@ -88,7 +88,7 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+    """SwiGLU (https://arxiv.org/abs/2002.05202); down_proj stands in the layer, behind `hidden`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -99,9 +99,6 @@ class LlamaMLP(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """x: [s, h]; returns what down_proj takes, [s, intermediate_size]."""
         return F.silu(self.gate_proj(x)) * self.up_proj(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.hidden(x))
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -129,13 +126,11 @@ class LlamaDecoderLayer(nn.Module):
         return self.self_attn.qkv(normed, cos, sin)
 
     def after_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        x = x + self.self_attn.output(out)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, hidden = self.until_last_product(x, out)
+        return x + self.mlp.down_proj(hidden)
 
     def until_last_product(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the two parts of `after_attention`: the residual stream, [s, h], and what
-        down_proj takes; all that its gradients need.
-        """
+        """Returns the residual stream, [s, h], and what down_proj takes."""
         x = x + self.self_attn.output(out)
         return x, self.mlp.hidden(self.post_attention_layernorm(x))
 

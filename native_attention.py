@@ -139,7 +139,7 @@ def _pieces(cu_seqlens: Tensor, chunk_size: int, chunks: list[int]) -> list[list
     begin = torch.tensor(chunks) * chunk_size
     end = (begin + chunk_size).clamp(max=int(cu_seqlens[-1]))
     follows = F.pad(begin[1:] == end[:-1], (1, 0))
-    first_neighbour = begin[~follows][(~follows).cumsum(0) - 1]
+    first_neighbour = begin.where(~follows, 0).cummax(0).values
     document_begin = cu_seqlens[torch.searchsorted(cu_seqlens, begin, right=True) - 1]
     joins = follows & (document_begin >= first_neighbour)
     begin, end = begin[~joins], end[~F.pad(joins[1:], (0, 1))]
