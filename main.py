@@ -34,10 +34,11 @@ import metrics
 import weights
 from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
+from gradient_exchange import GradientExchange
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 from preflight import build_llama_config, open_token_source, run_config, set_up
-from process import exit_with, leave, log, meet
+from process import exit_with, is_one_node, leave, log, meet
 
 LAYERS_PER_GROUP = 4  # gathered together: fewer and larger messages, for a little memory
 
@@ -90,7 +91,8 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     Recomputation says that memory is short: layers are then gathered once more for backward.
     Without it they stay whole from forward to backward.
 
-    The weights are float32 and gradients are reduced in float32, whatever the compute type.
+    The weights are float32 and gradients are added in float32, whatever the compute type; within a
+    node by `GradientExchange`, which sends less than FSDP's reduce-scatter.
     cast_forward_inputs=False: FSDP's cast would try to copy the runtime key, which cannot be.
     """
     policy = MixedPrecisionPolicy(
@@ -107,6 +109,11 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         head = [model.model.norm, model.lm_head]  # used last, so kept for backward
         fully_shard(head, mesh=dp_cp, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dp_cp, mp_policy=policy)
+    if is_one_node():
+        exchange = GradientExchange(policy.param_dtype, train_config["compile"])
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(exchange)
 
 
 def apply_compile(model: LlamaForCausalLM) -> None:

@@ -24,6 +24,11 @@ def log(message: str) -> None:
         print(message, flush=True)
 
 
+def is_one_node() -> bool:
+    """Returns whether all ranks are on this node."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
+
+
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Returns the store through which the ranks find each other, this rank and the world size.
 
@@ -34,7 +39,7 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return dist.HashStore(), 0, 1
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+    if is_one_node():
         store = dist.PrefixStore(f"start {restarts()}", store)
     return store, rank, world_size
 
