@@ -8,7 +8,7 @@
 
 Every step is a real one, of main.py's own `train` on random tokens: data, runtime key, forward,
 backward, clipping, AdamW and the log. Each case appends one line to results.jsonl, and the report
-shows the newest of each case, backend and number of GPUs.
+shows the newest of each case, backend, kind and number of GPUs.
 """
 
 import argparse
@@ -52,19 +52,29 @@ CASES = {
     "2m-documents-full": (2_097_152, 1, 8192, "full", 2),
     "1m-selective": (1_048_576, 1, 0, "selective", 1),
 }
-# Global tokens/s of others on 2 x H200 with cp 2, the same shapes, torch 2.11, each figure taken on
-# one machine in one series: torchtitan of May 2026, compiled (FlexAttention where there are
-# documents), and the torch_native example of MagiAttention 1.1.
+# Global tokens/s of others on two GPUs at cp 2, the same shapes, torch 2.11, compiled; torchtitan's
+# attention is FlexAttention where there are documents. On H200s torchtitan of May 2026 and the
+# torch_native example of MagiAttention 1.1, all on one machine in one series; on H100s torchtitan
+# a2a0d99 (2026-05-14), each figure in the same call as one of ours in results.jsonl.
 TORCHTITAN = {
-    "8k": 80_293,
-    "32k": 57_794,
-    "128k": 23_905,
-    "128k-full": 19_002,
-    "128k-documents": 103_318,
-    "128k-documents-full": 82_742,
-    "64k-documents": 109_111,
+    "H200": {
+        "8k": 80_293,
+        "32k": 57_794,
+        "128k": 23_905,
+        "128k-full": 19_002,
+        "128k-documents": 103_318,
+        "128k-documents-full": 82_742,
+        "64k-documents": 109_111,
+    },
+    "H100": {
+        "8k": 72_469,
+        "32k": 55_783,
+        "128k-full": 18_657,
+        "128k-documents-full": 78_149,
+        "64k-documents": 102_369,
+    },
 }
-MAGI_EXAMPLE = {"8k": 11_704}
+MAGI_EXAMPLE = {"H200": {"8k": 11_704}}
 
 
 def overrides(case: str) -> list[str]:
@@ -189,21 +199,19 @@ def alone() -> dist.ProcessGroup:
 
 
 def table(results: list[dict]) -> str:
-    """Returns the newest result of each case, backend and number of GPUs, in Markdown."""
-    newest = {(r["case"], r["backend"], r["world_size"]): r for r in results}
+    """Returns the newest results in Markdown."""
     lines = [
         "| case | backend, GPUs | tokens/s (range) | MFU | of the kernels' limit | memory "
         "| torchtitan | ratio | MagiAttention's example |",
         "| --- " * 9 + "|",
     ]
-    for (case, backend, world_size), result in newest.items():
+    for result in newest(results):
         speed, limit = result["tokens_per_s"], result["kernel_bound_tokens_per_s"]
         low, high = result["tokens_per_s_range"]
-        titan, example = TORCHTITAN.get(case), MAGI_EXAMPLE.get(case)
-        titan, example = (titan, example) if is_peer_s_machine(result) else (None, None)
+        titan, example = peer(TORCHTITAN, result), peer(MAGI_EXAMPLE, result)
         cells = [
-            case,
-            f"{backend}, {world_size}",
+            result["case"],
+            f"{result['backend']}, {gpus(result)}",
             f"{speed:,.0f} ({low:,.0f} to {high:,.0f})",
             f"{result['mfu']:.1%}" if result["mfu"] else "",
             f"{speed / limit:.0%}" if limit else "",
@@ -216,45 +224,74 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[dict], plot: str) -> None:
-    """Draws tokens/s and MFU over the sequence's length, a line for each backend and mask.
+def newest(results: list[dict]) -> list[dict]:
+    """Returns the last result of each case, backend and GPUs, in the cases' order for each GPU."""
+    order = [*CASES, "custom"]
+    latest = {(gpu(r), order.index(r["case"]), gpus(r), r["backend"]): r for r in results}
+    return [latest[key] for key in sorted(latest)]
 
-    Crosses in a line's color are torchtitan's figures for its cases.
+
+def gpu(result: dict) -> str:
+    """Returns "H100" or the like, or what else it ran on."""
+    device = result["machine"]["device"]
+    return next((name for name in MATMUL_FLOPS if name in device), device)
+
+
+def gpus(result: dict) -> str:
+    name = gpu(result)
+    return f"{result['world_size']} x {name}" if name in MATMUL_FLOPS else name
+
+
+def peer(figures: dict[str, dict[str, int]], result: dict) -> int | None:
+    """Returns another's figure for the same case on the same GPUs."""
+    return figures.get(gpu(result), {}).get(result["case"]) if result["world_size"] == 2 else None
+
+
+def draw(results: list[dict], plot: str) -> None:
+    """Draws tokens/s and MFU over the sequence's length, a line for each backend and mask, for each
+    kind of GPU. Crosses in a line's color are torchtitan's figures for its cases.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axes in (left, right):
-        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # for more lines than ten
-    newest = {(r["case"], r["backend"], r["world_size"]): r for r in results}
-    series: dict[str, list[tuple]] = {}
-    for (case, backend, world_size), result in newest.items():
+    points: dict[str, dict[str, list[tuple]]] = {}  # by GPU and label
+    for result in newest(results):
         data = result["config"]["data_config"]
         mask = "documents" if data["random_document_length"] else "causal"
         recomputation = result["config"]["train_config"]["activation_checkpointing"]
-        gpus = "1 GPU" if world_size == 1 else f"{world_size} GPUs"
-        label = f"{backend}, {gpus}, {mask}, recomputation {recomputation}"
+        count = "1 GPU" if result["world_size"] == 1 else f"{result['world_size']} GPUs"
+        label = f"{result['backend']}, {count}, {mask}, recomputation {recomputation}"
         mfu = 100 * (result["mfu"] or math.nan)
-        peer = TORCHTITAN.get(case, math.nan) if is_peer_s_machine(result) else math.nan
-        series.setdefault(label, []).append((data["seqlen"], result["tokens_per_s"], mfu, peer))
-    for label, points in series.items():
-        lengths, speeds, mfus, peers = zip(*sorted(points), strict=True)
-        (line,) = left.plot(lengths, speeds, "o-", label=label, linewidth=1.2)
-        left.plot(lengths, peers, "x", color=line.get_color(), markersize=9)
-        right.plot(lengths, mfus, "o-", linewidth=1.2)
-    lengths = sorted({point[0] for points in series.values() for point in points})
-    left.set_ylabel("tokens/s, all GPUs (x: torchtitan)")
-    right.set_ylabel("MFU, %")
-    for axes in (left, right):
-        axes.set(xlabel="tokens per row", xscale="log", ylim=(0, 1.08 * axes.get_ylim()[1]))
-        axes.set_xticks(lengths, [shown(n) for n in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        point = data["seqlen"], result["tokens_per_s"], mfu, peer(TORCHTITAN, result) or math.nan
+        points.setdefault(gpu(result), {}).setdefault(label, []).append(point)
+    labels = list(dict.fromkeys(label for lines in points.values() for label in lines))
+    colors = dict(zip(labels, itertools.cycle(plt.get_cmap("tab20").colors)))
+    lengths = sorted({p[0] for lines in points.values() for line in lines.values() for p in line})
+
+    size = (9, 1.2 + 2.9 * len(points))
+    figure, rows = plt.subplots(len(points), 2, figsize=size, layout="constrained", squeeze=False)
+    for (name, lines), (left, right) in zip(points.items(), rows, strict=True):
+        for label, line in lines.items():
+            seqlens, speeds, mfus, peers = zip(*sorted(line), strict=True)
+            style = {"color": colors[label], "linewidth": 1.2}
+            left.plot(seqlens, speeds, "o-", **style)
+            left.plot(seqlens, peers, "x", color=colors[label], markersize=9)
+            right.plot(seqlens, mfus, "o-", **style)
+        left.set_ylabel("tokens/s, all GPUs (x: torchtitan)")
+        right.set_ylabel("MFU, %")
+        for axes in (left, right):
+            axes.set(title=name, xscale="log", ylim=(0, 1.08 * axes.get_ylim()[1]))
+            axes.set_xlim(lengths[0] / 1.3, 1.3 * lengths[-1])
+            axes.set_xticks(lengths, [shown(n) for n in lengths])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes in rows[-1]:
+        axes.set_xlabel("tokens per row")
+    handles = [plt.Line2D([], [], color=colors[label], marker="o", label=label) for label in labels]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(plot, dpi=150)
 
 
@@ -264,10 +301,6 @@ def shown(tokens: int) -> str:
         if tokens >= size:
             return f"{tokens / size:g}{unit}"
     return str(tokens)
-
-
-def is_peer_s_machine(result: dict) -> bool:
-    return result["world_size"] == 2 and "H200" in result["machine"]["device"]
 
 
 def run(options: argparse.Namespace) -> None:

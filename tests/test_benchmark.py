@@ -39,10 +39,12 @@ def test_the_table_shows_the_newest_result_beside_the_peer_s():
         **{"tokens_per_s": 80_293.0, "tokens_per_s_range": [80_000.0, 81_000.0], "mfu": 0.4},
         **{"kernel_bound_tokens_per_s": 160_586.0, "peak_memory_gib": 20.0},
     }
-    rows = benchmark.table([{**result, "tokens_per_s": 1.0}, result]).splitlines()[2:]
+    h100 = {**result, "machine": {"device": "2 x NVIDIA H100 80GB HBM3"}}
+    rows = benchmark.table([{**result, "tokens_per_s": 1.0}, result, h100]).splitlines()[2:]
+    speed = "80,293 (80,000 to 81,000) | 40.0% | 50% | 20.0 GiB"
     assert rows == [
-        "| 8k | native, 2 | 80,293 (80,000 to 81,000) | 40.0% | 50% | 20.0 GiB | 80,293 | 1.00 "
-        "| 11,704 |"
+        f"| 8k | native, 2 x H100 | {speed} | 72,469 | 1.11 |  |",
+        f"| 8k | native, 2 x H200 | {speed} | 80,293 | 1.00 | 11,704 |",
     ]
     (other,) = benchmark.table([{**result, "world_size": 1}]).splitlines()[2:]
     assert "80,293 | 1.00" not in other, "the peer's figure is of two H200s"
