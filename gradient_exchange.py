@@ -17,7 +17,9 @@ class GradientExchange:
     def __init__(self, dtype: torch.dtype, compiles: bool) -> None:
         """dtype: that of the gradients. compiles: whether the addition is to be one kernel."""
         self.dtype = dtype
-        self.average = torch.compile(average, dynamic=False) if compiles else average
+        self.average = average
+        if compiles:
+            self.average = torch.compile(average, dynamic=False, fullgraph=True)
         self.is_to_send = False
 
     def allocate(self, size: tuple[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -33,7 +35,12 @@ class GradientExchange:
         op: dist.ReduceOp,
         async_op: bool = False,
     ) -> None:
-        """input_tensor: [ranks x n], a part for each; output_tensor: [n], the average of mine."""
+        """input_tensor: [ranks x n], a part for each; output_tensor: [n], the average of mine.
+
+        Raises ValueError for a sum or another factor, which FSDP does not ask for by itself.
+        """
+        if op != dist.ReduceOp.AVG:
+            raise ValueError(f"GradientExchange averages gradients; FSDP asked for {op}")
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         self.average(received.view(group.size(), -1), output_tensor)

@@ -100,12 +100,15 @@ def undisturbed(tmp_path_factory):
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """A clean environment for a child process: one thread, no GPU, nothing of an outer launcher."""
+    """A clean environment for a child process: one thread, no GPU, nothing of an outer launcher. A
+    PYTHONPATH stays, behind this project's: magi_attention may be there.
+    """
     launcher = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT"
     launcher += " NNODES NODE_RANK GPUS_PER_NODE MAX_RESTARTS SLURM_NODEID"
     inherited = {name: value for name, value in os.environ.items() if name not in launcher.split()}
     path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
-    imports = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    outer = os.environ.get("PYTHONPATH")
+    imports = os.pathsep.join([f"{ROOT}", f"{ROOT / 'tests'}", *([outer] if outer else [])])
     fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": imports}
     return {**inherited, **fixed, "PATH": path, **extra}
 
