@@ -32,9 +32,10 @@ import metrics
 from process import exit_with, leave, rank
 
 WARMUP_STEPS = 2  # compilation, FSDP's and NCCL's first time, and one to fill the queue
-# The matrix products' part of the kernel-bound limit: what cuBLAS reaches in bfloat16 on the shapes
-# of llama-1b on one H200.
-MATMUL_FLOPS = {"H100": 695e12, "H200": 695e12}
+# The GPUs whose kernel-bound limit is known, and what they are called here. Its matrix products
+# count at what cuBLAS reaches in bfloat16 on the shapes of llama-1b, on either of them.
+GPUS = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200"}
+MATMUL_FLOPS = 695e12
 
 # llama-1b with a head of its own: 1.498 B parameters. Rows of one document, or documents of
 # `random_document_length` tokens; what is recomputed; how many steps are measured.
@@ -132,13 +133,12 @@ def measure(arguments: list[str], warmup: int, steps: int) -> dict:
 
 
 def kernel_seconds(config, device_mesh) -> float | None:
-    """Returns the seconds of a step in which a GPU runs nothing but its kernels; None off Hopper.
+    """Returns the seconds of a step in which a GPU runs nothing but its kernels; None off `GPUS`.
 
     The attention's kernel is timed here, forward and backward, on one GPU with the whole mask, and
     divided by cp; the matrix products count at MATMUL_FLOPS.
     """
-    rates = [flops for name, flops in MATMUL_FLOPS.items() if name in torch_device_name()]
-    if not rates:
+    if torch_device_name() not in GPUS:
         return None
     api = context_parallel.load_api(main.parallel_config["context_parallel_backend"])
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -167,7 +167,7 @@ def kernel_seconds(config, device_mesh) -> float | None:
     attention_seconds = config.num_hidden_layers * attention_ms / 1e3 / device_mesh["cp"].size()
     tokens = main.data_config["seqlen"] * main.data_config["batch_size"]
     matmul_flops = metrics.training_flops(config, tokens, area=0) / device_mesh.size()
-    return attention_seconds + matmul_flops / rates[0]
+    return attention_seconds + matmul_flops / MATMUL_FLOPS
 
 
 def attention_milliseconds(
@@ -211,7 +211,7 @@ def table(results: list[dict]) -> str:
         titan, example = peer(TORCHTITAN, result), peer(MAGI_EXAMPLE, result)
         cells = [
             result["case"],
-            f"{result['backend']}, {gpus(result)}",
+            f"{result['backend']}, {result['world_size']} x {gpu(result)}",
             f"{speed:,.0f} ({low:,.0f} to {high:,.0f})",
             f"{result['mfu']:.1%}" if result["mfu"] else "",
             f"{speed / limit:.0%}" if limit else "",
@@ -225,21 +225,16 @@ def table(results: list[dict]) -> str:
 
 
 def newest(results: list[dict]) -> list[dict]:
-    """Returns the last result of each case, backend and GPUs, in the cases' order for each GPU."""
+    """Returns the last of each case, backend, kind and number of GPUs, by kind and case."""
     order = [*CASES, "custom"]
-    latest = {(gpu(r), order.index(r["case"]), gpus(r), r["backend"]): r for r in results}
+    latest = {(gpu(r), order.index(r["case"]), r["world_size"], r["backend"]): r for r in results}
     return [latest[key] for key in sorted(latest)]
 
 
 def gpu(result: dict) -> str:
-    """Returns "H100" or the like, or what else it ran on."""
-    device = result["machine"]["device"]
-    return next((name for name in MATMUL_FLOPS if name in device), device)
-
-
-def gpus(result: dict) -> str:
-    name = gpu(result)
-    return f"{result['world_size']} x {name}" if name in MATMUL_FLOPS else name
+    """Returns the kind of GPU, "H100" or the like, or the CPU."""
+    device = result["machine"]["device"].split(" x ")[-1]
+    return GPUS.get(device, device)
 
 
 def peer(figures: dict[str, dict[str, int]], result: dict) -> int | None:

@@ -1,4 +1,6 @@
-"""Run by torchrun: FSDP's gradients with `GradientExchange`, against each rank's own, averaged."""
+"""Run by torchrun: FSDP's gradients with `GradientExchange`, against each rank's own, averaged, and
+main.py's with it against those with FSDP's own reduction.
+"""
 
 import copy
 import sys
@@ -6,7 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -14,22 +16,35 @@ import main
 import process
 from gradient_exchange import GradientExchange
 
+all_to_all, sent = dist.all_to_all_single, []
 
-def gradients(model: nn.Module, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+
+def note_what_is_sent(received: Tensor, x: Tensor, **kwargs) -> None:
+    sent.append((x.dtype, x.numel()))
+    all_to_all(received, x, **kwargs)
+
+
+def padded(parameters: list[nn.Parameter]) -> int:
+    """Returns the elements of the parameters, rows padded to a multiple of the ranks."""
+    ranks = dist.get_world_size()
+    return sum(p.numel() // len(p) * (len(p) + -len(p) % ranks) for p in parameters)
+
+
+def gradients(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
     for x in batches:
         (model(x) ** 2).sum().backward()
     return [p.grad for p in model.parameters()]
 
 
-def check(dtype: torch.dtype, compiles: bool, seed: int) -> None:
+def check_average(dtype: torch.dtype, compiles: bool, seed: int) -> None:
     torch.manual_seed(seed)  # 13 rows, which no number of ranks here divides
     model = nn.Sequential(nn.Linear(24, 13), nn.Linear(13, 40, bias=False))
-    sharded, default = copy.deepcopy(model), copy.deepcopy(model)
+    sharded, parameters = copy.deepcopy(model), list(model.parameters())
     torch.manual_seed(1000 * seed + dist.get_rank())
     batches = [torch.randn(30, 24, dtype=dtype) for _ in range(2)]
 
     # What is to come out: the ranks' gradients of each batch in dtype, everything else in float64.
-    expected = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    expected = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     for batch in batches:
         plain = copy.deepcopy(model).to(dtype)
         for total, gradient in zip(expected, gradients(plain, [batch]), strict=True):
@@ -40,37 +55,44 @@ def check(dtype: torch.dtype, compiles: bool, seed: int) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     exchange = GradientExchange(dtype, compiles)
-    sent = []
-    all_to_all = dist.all_to_all_single
-
-    def note_what_is_sent(received, x, **kwargs):
-        sent.append(x.numel() * x.element_size())
-        return all_to_all(received, x, **kwargs)
-
-    for net in (sharded, default):
-        for module in [*net, net]:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-            if net is sharded:
-                module.set_custom_reduce_scatter(exchange)
-    with mock.patch.object(dist, "all_to_all_single", note_what_is_sent):
-        found = gradients(sharded, batches)
-    for gradient, total in zip(found, expected, strict=True):
+    for module in [*sharded, sharded]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_custom_reduce_scatter(exchange)
+    sent.clear()
+    for gradient, total in zip(gradients(sharded, batches), expected, strict=True):
         assert gradient.dtype == torch.float32
         error = (gradient.full_tensor() - total).norm() / total.norm()
         assert error < 1e-6, error
-    if dist.get_world_size() == 2:
-        for gradient, other in zip(found, gradients(default, batches), strict=True):
-            assert torch.equal(gradient.to_local(), other.to_local()), "to the bit, of two ranks"
-    # Two batches; the rows are padded to a multiple of the ranks.
-    padded = [p.numel() // len(p) * (len(p) + -len(p) % mesh.size()) for p in model.parameters()]
-    assert sum(sent) == 2 * sum(padded) * dtype.itemsize, (sent, padded)
+    assert {kind for kind, _ in sent} == {dtype}
+    assert sum(numel for _, numel in sent) == len(batches) * padded(parameters)
+
+
+def main_s_gradients(exchanges: bool) -> tuple[list[Tensor], list[nn.Parameter]]:
+    """Returns this rank's shards of one step's gradients by main.py, and the parameters."""
+    mesh = main.build_mesh()
+    with mock.patch.object(main, "is_one_node", lambda: exchanges):
+        model = main.parallelize_model(main.build_llama_model(), mesh)
+    main.forward_backward(model, main.prepare_step(mesh, model.config, 0), mesh)
+    parameters = list(model.parameters())
+    return [p.grad.to_local() for p in parameters], parameters
 
 
 if __name__ == "__main__":
+    main.set_up(sys.argv[2:])
     main.init_env()
-    for dtype in (torch.bfloat16, torch.float32):
-        check(dtype, compiles=False, seed=1)
-    check(torch.bfloat16, compiles=sys.argv[1] == "compile", seed=2)
+    with mock.patch.object(dist, "all_to_all_single", note_what_is_sent):
+        for dtype in (torch.bfloat16, torch.float32):
+            check_average(dtype, compiles=False, seed=1)
+        check_average(torch.bfloat16, compiles=sys.argv[1] == "compile", seed=2)
+        if dist.get_world_size() == 2:
+            default, _ = main_s_gradients(exchanges=False)
+            sent.clear()
+            found, parameters = main_s_gradients(exchanges=True)
+            assert sent and {kind for kind, _ in sent} == {torch.bfloat16}
+            assert sum(numel for _, numel in sent) == padded(parameters)
+            for gradient in found:  # added in float32: no sum of bfloat16
+                assert not torch.equal(gradient, gradient.bfloat16().float())
+            assert all(map(torch.equal, found, default)), "to the bit, of two ranks"
     dist.barrier()
     dist.destroy_process_group()
     process.leave()

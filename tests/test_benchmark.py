@@ -46,5 +46,14 @@ def test_the_table_shows_the_newest_result_beside_the_peer_s():
         f"| 8k | native, 2 x H100 | {speed} | 72,469 | 1.11 |  |",
         f"| 8k | native, 2 x H200 | {speed} | 80,293 | 1.00 | 11,704 |",
     ]
-    (other,) = benchmark.table([{**result, "world_size": 1}]).splitlines()[2:]
-    assert "80,293 | 1.00" not in other, "the peer's figure is of two H200s"
+    others = [
+        {**result, "world_size": 1},
+        {**result, "machine": {"device": "2 x NVIDIA H100 PCIe"}},
+        *({**result, "machine": {"device": "CPU with 2 cores"}, "world_size": n} for n in (1, 2)),
+    ]
+    rows = benchmark.table(others).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == [
+        *("native, 1 x CPU with 2 cores", "native, 2 x CPU with 2 cores"),
+        *("native, 1 x H200", "native, 2 x NVIDIA H100 PCIe"),
+    ]
+    assert all(row.endswith("| 20.0 GiB |  |  |  |") for row in rows), "the peer's is of two H200s"
