@@ -2,7 +2,16 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def exchange_gradients(model: nn.Module, dtype: torch.dtype, compiles: bool) -> None:
+    """Gives every FSDP group of the model a `GradientExchange` in place of its reduce-scatter."""
+    exchange = GradientExchange(dtype, compiles)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_reduce_scatter(exchange)
 
 
 class GradientExchange:

@@ -34,7 +34,7 @@ import metrics
 import weights
 from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
-from gradient_exchange import GradientExchange
+from gradient_exchange import exchange_gradients
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 from preflight import build_llama_config, open_token_source, run_config, set_up
@@ -92,7 +92,7 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     Without it they stay whole from forward to backward.
 
     The weights are float32 and gradients are added in float32, whatever the compute type; within a
-    node by `GradientExchange`, which sends less than FSDP's reduce-scatter.
+    node by `exchange_gradients`, which sends less than FSDP's reduce-scatter.
     cast_forward_inputs=False: FSDP's cast would try to copy the runtime key, which cannot be.
     """
     policy = MixedPrecisionPolicy(
@@ -110,10 +110,7 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         fully_shard(head, mesh=dp_cp, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dp_cp, mp_policy=policy)
     if is_one_node():
-        exchange = GradientExchange(policy.param_dtype, train_config["compile"])
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(exchange)
+        exchange_gradients(model, policy.param_dtype, train_config["compile"])
 
 
 def apply_compile(model: LlamaForCausalLM) -> None:
