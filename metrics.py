@@ -7,7 +7,6 @@ draws the loss of runs (folders that hold a metrics.jsonl) into one picture.
 
 import argparse
 import contextlib
-import faulthandler
 import functools
 import json
 import math
@@ -18,7 +17,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configuration_llama import LlamaConfig
-from process import log, rank
+from process import Watchdog, log, rank
 
 # Dense bf16 FLOP/s by words of `torch.cuda.get_device_name()`, NVIDIA's data sheets; first match.
 PEAK_FLOPS = {
@@ -171,9 +169,9 @@ class MetricsWriter:
         self.tokens_per_step = data_config["batch_size"] * data_config["seqlen"]  # of all ranks
         self.world_size = world_size
         self.train_iters = train_config["train_iters"]
-        self.step_timeout = train_config["step_timeout"]
         output_dir = train_config["output_dir"]
-        self.watchdog = self._watch(f"step {first_iter + 1}")
+        self.watchdog = Watchdog(train_config["step_timeout"])
+        self.watchdog.watch(f"step {first_iter + 1}")
         self.file = self.tensorboard = self.profiler = None
         if rank() != 0:
             return
@@ -212,9 +210,8 @@ class MetricsWriter:
         attention mask, over all ranks. The seconds are this rank's. eval_loss: in nats per label,
         if there was an evaluation after the step.
         """
-        self.watchdog.cancel()
         is_last = step == self.train_iters
-        self.watchdog = self._watch("the last checkpoint" if is_last else f"step {step + 1}")
+        self.watchdog.watch("the last checkpoint" if is_last else f"step {step + 1}")
         flops = training_flops(self.llama_config, self.tokens_per_step, area)
         flops_per_gpu = flops / self.world_size / step_seconds
         peak = peak_flops()
@@ -258,15 +255,8 @@ class MetricsWriter:
         if self.profiler is not None:
             self.profiler.step()
 
-    def _watch(self, what: str) -> threading.Timer:
-        watchdog = threading.Timer(self.step_timeout, _give_up, [what, self.step_timeout])
-        watchdog.daemon = True
-        watchdog.start()
-        return watchdog
-
     def close(self) -> None:
-        self.watchdog.cancel()
-        self.watchdog.join()
+        self.watchdog.stop()
         if self.profiler is not None:
             self.profiler.stop()
         if self.file is not None:
@@ -315,18 +305,6 @@ def _profiler(steps: tuple[int, ...], first_iter: int, output_dir: str):
     )
     profiler.start()
     return profiler
-
-
-def _give_up(what: str, seconds: float) -> None:
-    """Ends this process, which torchrun takes as the end of all, and shows where it hangs."""
-    print(
-        f"error: {what} is not done after {seconds:g} s (train_config.step_timeout); rank "
-        f"{rank()} is at:",
-        file=sys.stderr,
-        flush=True,
-    )
-    faulthandler.dump_traceback()
-    os._exit(1)
 
 
 def _cut_after(file: BinaryIO, step: int) -> None:

@@ -1,11 +1,13 @@
 """What each process of a run does at its start and its end, and how the processes speak as one."""
 
+import faulthandler
 import fcntl
 import os
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from datetime import timedelta
 from typing import NoReturn
@@ -80,6 +82,38 @@ def take_output_dir(output_dir: str) -> None:
         ) from None
     except OSError:
         pass  # a file system that has no locks
+
+
+class Watchdog:
+    """Ends this process, which torchrun takes as the end of all, when something takes too long."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: how long what is watched may take, `train_config.step_timeout`."""
+        self.seconds = seconds
+        self.timer: threading.Timer | None = None
+
+    def watch(self, what: str) -> None:
+        """Begins to count anew, for what is named, in place of what was watched before."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = threading.Timer(self.seconds, self._give_up, [what])
+        self.timer.daemon = True
+        self.timer.start()
+
+    def stop(self) -> None:
+        """To be called after `watch`: nothing is watched any more."""
+        self.timer.cancel()
+        self.timer.join()
+
+    def _give_up(self, what: str) -> None:
+        print(
+            f"error: {what} is not done after {self.seconds:g} s (train_config.step_timeout); rank "
+            f"{rank()} is at:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback()
+        os._exit(1)
 
 
 def exit_with(error: Exception) -> NoReturn:
