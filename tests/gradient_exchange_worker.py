@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import main
@@ -36,12 +36,12 @@ def gradients(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def check_average(dtype: torch.dtype, compiles: bool) -> None:
+def check_average(dtype: torch.dtype, compiles: bool, mesh: DeviceMesh) -> None:
     torch.manual_seed(0)  # 13 rows, which no number of ranks here divides
-    model = nn.Sequential(nn.Linear(24, 13), nn.Linear(13, 40, bias=False))
+    model = nn.Sequential(nn.Linear(24, 13), nn.Linear(13, 40, bias=False)).to(mesh.device_type)
     sharded, parameters = copy.deepcopy(model), list(model.parameters())
     torch.manual_seed(1 + dist.get_rank())
-    batches = [torch.randn(30, 24, dtype=dtype) for _ in range(2)]
+    batches = [torch.randn(30, 24, dtype=dtype, device=mesh.device_type) for _ in range(2)]
 
     # What is to come out: the ranks' gradients of each batch in dtype, everything else in float64.
     expected = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
@@ -52,7 +52,6 @@ def check_average(dtype: torch.dtype, compiles: bool) -> None:
     for total in expected:
         dist.all_reduce(total)
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*sharded, sharded]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -66,9 +65,8 @@ def check_average(dtype: torch.dtype, compiles: bool) -> None:
     assert sum(numel for _, numel in sent) == len(batches) * padded(parameters)
 
 
-def main_s_gradients(exchanges: bool) -> tuple[list[Tensor], list[nn.Parameter]]:
+def main_s_gradients(exchanges: bool, mesh: DeviceMesh) -> tuple[list[Tensor], list[nn.Parameter]]:
     """Returns this rank's shards of one step's gradients by main.py, and the parameters."""
-    mesh = main.build_mesh()
     with mock.patch.object(main, "is_one_node", lambda: exchanges):
         model = main.parallelize_model(main.build_llama_model(), mesh)
     main.forward_backward(model, main.prepare_step(mesh, model.config, 0), mesh)
@@ -79,13 +77,14 @@ def main_s_gradients(exchanges: bool) -> tuple[list[Tensor], list[nn.Parameter]]
 if __name__ == "__main__":
     main.set_up(sys.argv[2:])
     main.init_env()
+    mesh = main.build_mesh()
     with mock.patch.object(dist, "all_to_all_single", note_what_is_sent):
         for dtype in (torch.bfloat16, torch.float32):
-            check_average(dtype, compiles=sys.argv[1] == "compile")
+            check_average(dtype, sys.argv[1] == "compile", main.dp_cp_mesh(mesh))
         if dist.get_world_size() == 2:
-            default, _ = main_s_gradients(exchanges=False)
+            default, _ = main_s_gradients(False, mesh)
             sent.clear()
-            found, parameters = main_s_gradients(exchanges=True)
+            found, parameters = main_s_gradients(True, mesh)
             assert sent and {kind for kind, _ in sent} == {torch.bfloat16}
             assert sum(numel for _, numel in sent) == padded(parameters)
             for gradient in found:  # added in float32: no sum of bfloat16

@@ -3,13 +3,22 @@
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, torchrun
+from conftest import ROOT, gpus, torchrun
 from torch.distributed.fsdp import FSDPModule
 
 import main
 from gradient_exchange import GradientExchange, average
 
 WORKER = ROOT / "tests/gradient_exchange_worker.py"
+SMALL = [
+    "model_config.preset=tiny",
+    "model_config.overrides.num_hidden_layers=2",
+    "data_config.source=random",
+    "data_config.seqlen=64",
+    "train_config.dtype=bfloat16",
+    "train_config.compile=false",
+    "parallel_config.context_parallel_backend=native",
+]
 
 
 @pytest.mark.parametrize("processes, compiles", [(2, "compile"), (4, "eager")])
@@ -17,18 +26,14 @@ def test_gradients_are_sent_as_they_are_and_added_in_float32(processes, compiles
     """Compared with the ranks' own gradients, averaged in float64. Of two ranks main.py's gradients
     in bfloat16 are those of FSDP's own reduction in float32, to the bit.
     """
-    torchrun(
-        processes,
-        WORKER,
-        compiles,
-        "model_config.preset=tiny",
-        "model_config.overrides.num_hidden_layers=2",
-        "data_config.source=random",
-        "data_config.seqlen=64",
-        "train_config.dtype=bfloat16",
-        "train_config.compile=false",
-        f"train_config.output_dir={tmp_path}",
-    )
+    torchrun(processes, WORKER, compiles, *SMALL, f"train_config.output_dir={tmp_path}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiles", ["compile", "eager"])
+def test_the_same_over_nccl(compiles, tmp_path):
+    arguments = (WORKER, compiles, *SMALL, f"train_config.output_dir={tmp_path}")
+    torchrun(2, *arguments, CUDA_VISIBLE_DEVICES=gpus(2))
 
 
 @pytest.mark.parametrize(
