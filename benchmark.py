@@ -6,9 +6,9 @@
     python benchmark.py data_config.seqlen=512 model_config.preset=tiny train_config.compile=false
     python benchmark.py --report                                  # table and plot of results.jsonl
 
-Every step is a real one, of main.py's own `train` on random tokens: data, runtime key, forward,
-backward, clipping, AdamW and the log. Each case appends one line to results.jsonl, and the report
-shows the newest of each case, backend, kind and number of GPUs.
+Every step is a real one, of main.py's own `train`: data, runtime key, forward, backward, clipping,
+AdamW and the log, on random tokens, but in the `stdlib` cases. Each case appends one line to
+results.jsonl, and the report shows the newest of each case, backend, kind and number of GPUs.
 """
 
 import argparse
@@ -37,8 +37,9 @@ WARMUP_STEPS = 2  # compilation, FSDP's and NCCL's first time, and one to fill t
 GPUS = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200"}
 MATMUL_FLOPS = 695e12
 
-# llama-1b with a head of its own: 1.498 B parameters. Rows of one document, or documents of
-# `random_document_length` tokens; what is recomputed; how many steps are measured.
+# llama-1b with a head of its own: 1.498 B parameters. Tokens per row, rows; the tokens are random
+# and each row one document (0) or documents of so many tokens, or a corpus of unequal ones; what is
+# recomputed; how many steps are measured.
 CASES = {
     "8k": (8192, 2, 0, "none", 20),
     "32k": (32_768, 1, 0, "none", 10),
@@ -52,11 +53,13 @@ CASES = {
     "1m-documents-full": (1_048_576, 1, 8192, "full", 2),
     "2m-documents-full": (2_097_152, 1, 8192, "full", 2),
     "1m-selective": (1_048_576, 1, 0, "selective", 1),
+    "64k-stdlib": (65_536, 1, "python-stdlib", "none", 10),
+    "128k-stdlib-full": (131_072, 1, "python-stdlib", "full", 8),
 }
 # Global tokens/s of others on two GPUs at cp 2, the same shapes, torch 2.11, compiled; torchtitan's
 # attention is FlexAttention where there are documents. On H200s torchtitan of May 2026 and the
 # torch_native example of MagiAttention 1.1, all on one machine in one series; on H100s torchtitan
-# a2a0d99 (2026-05-14), each figure in the same call as one of ours in results.jsonl.
+# a2a0d99 (2026-05-14), each figure in the same call as one of `native` in results.jsonl.
 TORCHTITAN = {
     "H200": {
         "8k": 80_293,
@@ -80,11 +83,13 @@ MAGI_EXAMPLE = {"H200": {"8k": 11_704}}
 
 def overrides(case: str) -> list[str]:
     """Returns the config of a case."""
-    seqlen, batch_size, document_length, recomputation, _ = CASES[case]
+    seqlen, batch_size, documents, recomputation, _ = CASES[case]
+    is_corpus = isinstance(documents, str)
     return [
         f"data_config.seqlen={seqlen}",
         f"data_config.batch_size={batch_size}",
-        f"data_config.random_document_length={document_length}",
+        f"data_config.source={documents if is_corpus else 'random'}",
+        f"data_config.random_document_length={0 if is_corpus else documents}",
         f"train_config.activation_checkpointing={recomputation}",
         "model_config.overrides.tie_word_embeddings=false",
     ]
@@ -237,9 +242,24 @@ def gpu(result: dict) -> str:
     return GPUS.get(device, device)
 
 
+def shape(config: dict) -> tuple:
+    """Returns the tokens per row, the rows, the documents and the recomputation, as in CASES."""
+    data = config["data_config"]
+    is_random = data["source"] == "random"
+    documents = data["random_document_length"] if is_random else data["source"]
+    recomputation = config["train_config"]["activation_checkpointing"]
+    return data["seqlen"], data["batch_size"], documents, recomputation
+
+
 def peer(figures: dict[str, dict[str, int]], result: dict) -> int | None:
-    """Returns another's figure for the same case on the same GPUs."""
-    return figures.get(gpu(result), {}).get(result["case"]) if result["world_size"] == 2 else None
+    """Returns another's figure for the same case on the same two GPUs at cp 2; None where it is not
+    known, or where a key on the command line made the case another.
+    """
+    case, config = result["case"], result["config"]
+    cp_size = config["parallel_config"]["context_parallel_size"]
+    if shape(config) != CASES.get(case, ())[:4] or not cp_size == result["world_size"] == 2:
+        return None
+    return figures.get(gpu(result), {}).get(case)
 
 
 def draw(results: list[dict], plot: str) -> None:
@@ -253,13 +273,13 @@ def draw(results: list[dict], plot: str) -> None:
 
     points: dict[str, dict[str, list[tuple]]] = {}  # by GPU and label
     for result in newest(results):
-        data = result["config"]["data_config"]
-        mask = "documents" if data["random_document_length"] else "causal"
-        recomputation = result["config"]["train_config"]["activation_checkpointing"]
+        seqlen, _, documents, recomputation = shape(result["config"])
+        mask = "causal" if documents == 0 else "documents"
+        mask += f" of {documents}" if isinstance(documents, str) else ""
         count = "1 GPU" if result["world_size"] == 1 else f"{result['world_size']} GPUs"
         label = f"{result['backend']}, {count}, {mask}, recomputation {recomputation}"
         mfu = 100 * (result["mfu"] or math.nan)
-        point = data["seqlen"], result["tokens_per_s"], mfu, peer(TORCHTITAN, result) or math.nan
+        point = seqlen, result["tokens_per_s"], mfu, peer(TORCHTITAN, result) or math.nan
         points.setdefault(gpu(result), {}).setdefault(label, []).append(point)
     labels = list(dict.fromkeys(label for lines in points.values() for label in lines))
     colors = dict(zip(labels, itertools.cycle(plt.get_cmap("tab20").colors)))

@@ -37,11 +37,15 @@ def gradients(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
 
 
 def check_average(dtype: torch.dtype, compiles: bool, mesh: DeviceMesh) -> None:
-    torch.manual_seed(0)  # 13 rows, which no number of ranks here divides
-    model = nn.Sequential(nn.Linear(24, 13), nn.Linear(13, 40, bias=False)).to(mesh.device_type)
+    # 13 or 4,099 rows, which no number of ranks here divides. Large on a GPU, so that a group is
+    # still exchanged while the next one's backward runs.
+    sizes = (24, 13, 40) if mesh.device_type == "cpu" else (4096, 4099, 4096)
+    torch.manual_seed(0)
+    layers = nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:], bias=False)
+    model = nn.Sequential(*layers).to(mesh.device_type)
     sharded, parameters = copy.deepcopy(model), list(model.parameters())
     torch.manual_seed(1 + dist.get_rank())
-    batches = [torch.randn(30, 24, dtype=dtype, device=mesh.device_type) for _ in range(2)]
+    batches = [torch.randn(30, sizes[0], dtype=dtype, device=mesh.device_type) for _ in range(2)]
 
     # What is to come out: the ranks' gradients of each batch in dtype, everything else in float64.
     expected = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
@@ -65,9 +69,22 @@ def check_average(dtype: torch.dtype, compiles: bool, mesh: DeviceMesh) -> None:
     assert sum(numel for _, numel in sent) == len(batches) * padded(parameters)
 
 
-def main_s_gradients(exchanges: bool, mesh: DeviceMesh) -> tuple[list[Tensor], list[nn.Parameter]]:
-    """Returns this rank's shards of one step's gradients by main.py, and the parameters."""
-    with mock.patch.object(main, "is_one_node", lambda: exchanges):
+def main_s_gradients(
+    exchanges: bool, compiles: bool, mesh: DeviceMesh
+) -> tuple[list[Tensor], list[nn.Parameter]]:
+    """Returns this rank's shards of one step's gradients by main.py, and the parameters.
+
+    The model is not compiled, whether or not the exchange is, and so small that each backward gives
+    the same to the bit, on a GPU too.
+    """
+
+    def exchange(model: nn.Module, dtype: torch.dtype, _: bool) -> None:
+        exchange_gradients(model, dtype, compiles)
+
+    with (
+        mock.patch.object(main, "is_one_node", lambda: exchanges),
+        mock.patch.object(main, "exchange_gradients", exchange),
+    ):
         model = main.parallelize_model(main.build_llama_model(), mesh)
     main.forward_backward(model, main.prepare_step(mesh, model.config, 0), mesh)
     parameters = list(model.parameters())
@@ -78,13 +95,14 @@ if __name__ == "__main__":
     main.set_up(sys.argv[2:])
     main.init_env()
     mesh = main.build_mesh()
+    compiles = sys.argv[1] == "compile"
     with mock.patch.object(dist, "all_to_all_single", note_what_is_sent):
         for dtype in (torch.bfloat16, torch.float32):
-            check_average(dtype, sys.argv[1] == "compile", main.dp_cp_mesh(mesh))
+            check_average(dtype, compiles, main.dp_cp_mesh(mesh))
         if dist.get_world_size() == 2:
-            default, _ = main_s_gradients(False, mesh)
+            default, _ = main_s_gradients(False, compiles, mesh)
             sent.clear()
-            found, parameters = main_s_gradients(True, mesh)
+            found, parameters = main_s_gradients(True, compiles, mesh)
             assert sent and {kind for kind, _ in sent} == {torch.bfloat16}
             assert sum(numel for _, numel in sent) == padded(parameters)
             for gradient in found:  # added in float32: no sum of bfloat16

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT, torchrun
 
 import benchmark
+import llama_pretrain_config
 
 
 def test_a_case_of_one_s_own_is_measured_on_a_cpu(tmp_path):
@@ -34,7 +35,14 @@ def test_a_case_of_one_s_own_is_measured_on_a_cpu(tmp_path):
 
 def test_the_table_shows_the_newest_result_beside_the_peer_s():
     machine = {"device": "2 x NVIDIA H200"}
+    data = {"seqlen": 8192, "batch_size": 2, "source": "random", "random_document_length": 0}
+    config = {
+        "data_config": data,
+        "train_config": {"activation_checkpointing": "none"},
+        "parallel_config": {"context_parallel_size": 2},
+    }
     result = {
+        "config": config,
         **{"case": "8k", "backend": "native", "world_size": 2, "machine": machine},
         **{"tokens_per_s": 80_293.0, "tokens_per_s_range": [80_000.0, 81_000.0], "mfu": 0.4},
         **{"kernel_bound_tokens_per_s": 160_586.0, "peak_memory_gib": 20.0},
@@ -46,6 +54,11 @@ def test_the_table_shows_the_newest_result_beside_the_peer_s():
         f"| 8k | native, 2 x H100 | {speed} | 72,469 | 1.11 |  |",
         f"| 8k | native, 2 x H200 | {speed} | 80,293 | 1.00 | 11,704 |",
     ]
+    full = {**config, "train_config": {"activation_checkpointing": "full"}}
+    dp = {**config, "parallel_config": {"context_parallel_size": 1}}
+    corpus = {**config, "data_config": {**data, "source": "python-stdlib"}}
+    rows = [benchmark.table([{**result, "config": changed}]) for changed in (full, dp, corpus)]
+    assert all(row.endswith("| 20.0 GiB |  |  |  |") for row in rows), "that is another case"
     others = [
         {**result, "world_size": 1},
         {**result, "machine": {"device": "2 x NVIDIA H100 PCIe"}},
@@ -57,3 +70,9 @@ def test_the_table_shows_the_newest_result_beside_the_peer_s():
         *("native, 1 x H200", "native, 2 x NVIDIA H100 PCIe"),
     ]
     assert all(row.endswith("| 20.0 GiB |  |  |  |") for row in rows), "the peer's is of two H200s"
+
+
+def test_a_case_is_the_config_that_it_names(config):
+    for case, expected in benchmark.CASES.items():
+        llama_pretrain_config.resolve(benchmark.overrides(case), world_size=2)
+        assert benchmark.shape(llama_pretrain_config.sections()) == expected[:4]

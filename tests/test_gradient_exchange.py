@@ -31,7 +31,8 @@ def test_gradients_are_sent_as_they_are_and_added_in_float32(processes, compiles
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiles", ["compile", "eager"])
-def test_the_same_over_nccl(compiles, tmp_path):
+def test_gradients_over_nccl(compiles, tmp_path):
+    """Compared as above: main.py's are those of NCCL's reduce-scatter in float32, to the bit."""
     arguments = (WORKER, compiles, *SMALL, f"train_config.output_dir={tmp_path}")
     torchrun(2, *arguments, CUDA_VISIBLE_DEVICES=gpus(2))
 
