@@ -84,12 +84,12 @@ MAGI_EXAMPLE = {"H200": {"8k": 11_704}}
 def overrides(case: str) -> list[str]:
     """Returns the config of a case."""
     seqlen, batch_size, documents, recomputation, _ = CASES[case]
-    is_corpus = isinstance(documents, str)
+    source, length = (documents, 0) if isinstance(documents, str) else ("random", documents)
     return [
         f"data_config.seqlen={seqlen}",
         f"data_config.batch_size={batch_size}",
-        f"data_config.source={documents if is_corpus else 'random'}",
-        f"data_config.random_document_length={0 if is_corpus else documents}",
+        f"data_config.source={source}",
+        f"data_config.random_document_length={length}",
         f"train_config.activation_checkpointing={recomputation}",
         "model_config.overrides.tie_word_embeddings=false",
     ]
@@ -100,8 +100,8 @@ def measure(arguments: list[str], warmup: int, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         # One step more than are trained: the last of a run saves a checkpoint.
         train_iters = warmup + steps
-        fixed = {"data_config.source": "random", "train_config.train_iters": train_iters + 1}
-        fixed |= {"train_config.checkpoint_interval": 0, "train_config.output_dir": folder}
+        fixed = {"train_config.train_iters": train_iters + 1, "train_config.output_dir": folder}
+        fixed |= {"train_config.checkpoint_interval": 0}
         main.set_up([*(f"{name}={value}" for name, value in fixed.items()), *arguments])
         if not dist.is_initialized():
             main.init_env()
@@ -331,7 +331,9 @@ def run(options: argparse.Namespace) -> None:
     for name in names or ["custom"]:
         for section, values in llama_pretrain_config.sections().items():
             values.update(copy.deepcopy(before[section]))
-        case_arguments, steps = (overrides(name), CASES[name][-1]) if names else ([], 10)
+        case_arguments, steps = ["data_config.source=random"], 10
+        if names:
+            case_arguments, steps = overrides(name), CASES[name][-1]
         result = measure([*case_arguments, *changes], options.warmup, options.steps or steps)
         result |= {"case": name, "backend": main.parallel_config["context_parallel_backend"]}
         if rank() == 0:
