@@ -113,24 +113,10 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         exchange_gradients(model, policy.param_dtype, train_config["compile"])
 
 
-def apply_compile(model: LlamaForCausalLM) -> None:
-    """Compiles the loss, and each layer's parts around the attention, which stays opaque."""
-    # Each shape of a run gets its own code, of which Dynamo would allow eight to a function, all
-    # layers together. One too many is an error, not a slow run.
-    torch._dynamo.config.recompile_limit = 64
-    compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    tuned = {"coordinate_descent_tuning": True}  # tries block sizes, which takes a second
-    model.lm_head.cross_entropy = compiled(model.lm_head.cross_entropy, options=tuned)
-    for layer in model.model.layers:
-        layer.before_attention = compiled(layer.before_attention)
-        layer.after_attention = compiled(layer.after_attention)
-        layer.until_last_product = compiled(layer.until_last_product)
-
-
 def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> LlamaForCausalLM:
     """Shards the meta model, then gives it memory on this rank's device, and weights."""
     if train_config["compile"]:
-        apply_compile(model)
+        model.compile_parts()
     apply_fsdp(model, dp_cp_mesh(device_mesh))
     model.to_empty(device=device_mesh.device_type)
     if model_config["init_from"]:

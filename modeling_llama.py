@@ -8,6 +8,7 @@ Shapes in comments: `s` local tokens, `h` hidden, `nh` heads, `nkv` key/value he
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -377,3 +378,16 @@ class LlamaForCausalLM(nn.Module):
         scalar: dividing by the number of labels is up to the caller, who knows of the other ranks.
         """
         return self.lm_head(self.model(input_ids, position_ids, runtime_key), labels)
+
+    def compile_parts(self) -> None:
+        """Compiles the loss, and each layer's parts around the attention, which stays opaque."""
+        # Each shape of a run gets its own code, of which Dynamo would allow eight to a function,
+        # all layers together. One too many is an error, not a slow run.
+        torch._dynamo.config.recompile_limit = 64
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+        tuned = {"coordinate_descent_tuning": True}  # tries block sizes, which takes a second
+        self.lm_head.cross_entropy = compiled(self.lm_head.cross_entropy, options=tuned)
+        for layer in self.model.layers:
+            layer.before_attention = compiled(layer.before_attention)
+            layer.after_attention = compiled(layer.after_attention)
+            layer.until_last_product = compiled(layer.until_last_product)

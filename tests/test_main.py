@@ -199,7 +199,7 @@ def test_a_run_may_have_many_shapes(config, monkeypatch):
     """What a rank gets varies with the documents; each shape is compiled with and without grad."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {}), "full")
-    main.apply_compile(model)
+    model.compile_parts()
     for tokens in range(1, 11):
         x = torch.randn(tokens, model.config.hidden_size, requires_grad=True)
         cos, sin = torch.randn(2, tokens, model.config.head_dim // 2)
