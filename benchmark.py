@@ -120,7 +120,7 @@ def measure(arguments: list[str], warmup: int, steps: int) -> dict:
     (records,) = records
     times = sorted(record["step_ms"] / 1e3 for record in records)
     tokens = main.data_config["seqlen"] * main.data_config["batch_size"]
-    limit = kernel_seconds(model.config, device_mesh)
+    limit = kernel_seconds(model.config, device_mesh, range(warmup, train_iters))
     return {
         "tokens_per_s": tokens / statistics.median(times),
         "tokens_per_s_range": [tokens / times[-1], tokens / times[0]],
@@ -137,42 +137,53 @@ def measure(arguments: list[str], warmup: int, steps: int) -> dict:
     }
 
 
-def kernel_seconds(config, device_mesh) -> float | None:
-    """Returns the seconds of a step in which a GPU runs nothing but its kernels; None off `GPUS`.
+def kernel_seconds(config, device_mesh, steps: range) -> float | None:
+    """Returns the seconds of a step in which a GPU runs nothing but its kernels, the median of the
+    given steps, whose masks can differ; None off `GPUS`.
 
     The attention's kernel is timed here, forward and backward, on one GPU with the whole mask, and
     divided by cp; the matrix products count at MATMUL_FLOPS.
     """
     if torch_device_name() not in GPUS:
         return None
-    api = context_parallel.load_api(main.parallel_config["context_parallel_backend"])
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    attention_ms = 0.0
-    for input_ids, _, cu_seqlens in main.prepare_data(device_mesh, 0):
-        # One GPU, so nothing to balance: the kernel of the whole mask, without a cut.
-        dispatch_config = api.DispatchConfig(chunk_size=int(cu_seqlens[-1]))
-        key = api.magi_attn_varlen_key(
-            cu_seqlens,
-            cu_seqlens,
-            *heads,
-            pad_size=0,
-            cp_group_or_mesh=alone(),
-            causal=config.is_causal,
-            dist_attn_config=api.DistAttnConfig(dispatch_config=dispatch_config),
-        )
-        num_tokens = len(api.dispatch(input_ids.cuda(), key))
-        q, k, v = (
-            torch.randn(num_tokens, n, config.head_dim, device="cuda", dtype=torch.bfloat16)
-            for n in (heads[0], heads[1], heads[1])
-        )
-        times = attention_milliseconds(q, k, v, key, repeats=1)
-        if times[0] < 1000:  # that was to warm up; what takes longer hardly depends on it
-            times = attention_milliseconds(q, k, v, key, repeats=5)
-        attention_ms += statistics.median(times)
+    timed = functools.cache(functools.partial(mask_milliseconds, config))  # equal masks once
+    attention_ms = statistics.median(
+        sum(timed(tuple(cu_seqlens.tolist())) for _, _, cu_seqlens in micro_batches)
+        for micro_batches in (main.prepare_data(device_mesh, step) for step in steps)
+    )
     attention_seconds = config.num_hidden_layers * attention_ms / 1e3 / device_mesh["cp"].size()
     tokens = main.data_config["seqlen"] * main.data_config["batch_size"]
     matmul_flops = metrics.training_flops(config, tokens, area=0) / device_mesh.size()
     return attention_seconds + matmul_flops / MATMUL_FLOPS
+
+
+def mask_milliseconds(config, bounds: tuple[int, ...]) -> float:
+    """Returns how long a layer's attention takes on one GPU, forward and backward, where documents
+    begin and end at `bounds`.
+    """
+    api = context_parallel.load_api(main.parallel_config["context_parallel_backend"])
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    # One GPU, so nothing to balance: the kernel of the whole mask, without a cut.
+    dispatch_config = api.DispatchConfig(chunk_size=bounds[-1])
+    key = api.magi_attn_varlen_key(
+        cu_seqlens,
+        cu_seqlens,
+        *heads,
+        pad_size=0,
+        cp_group_or_mesh=alone(),
+        causal=config.is_causal,
+        dist_attn_config=api.DistAttnConfig(dispatch_config=dispatch_config),
+    )
+    num_tokens = len(api.dispatch(torch.empty(bounds[-1], device="cuda"), key))
+    q, k, v = (
+        torch.randn(num_tokens, n, config.head_dim, device="cuda", dtype=torch.bfloat16)
+        for n in (heads[0], heads[1], heads[1])
+    )
+    times = attention_milliseconds(q, k, v, key, repeats=1)
+    if times[0] < 1000:  # that was to warm up; what takes longer hardly depends on it
+        times = attention_milliseconds(q, k, v, key, repeats=5)
+    return statistics.median(times)
 
 
 def attention_milliseconds(
