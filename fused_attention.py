@@ -31,6 +31,8 @@ class Block:
     queries, keys: their rows among those of q, and of k and v. lengths_q, lengths_k: tokens of each
     problem. causal: query i of a problem sees its keys 0 to i, which needs as many keys as queries.
     recurs: whether blocks of the same sizes come again and again, as those of whole chunks do.
+    padding: zeros that make them so: tokens behind each problem, but no keys without a causal mask,
+    which alone keeps the problem's queries from seeing them.
     """
 
     queries: slice
@@ -39,6 +41,7 @@ class Block:
     lengths_k: list[int]
     causal: bool
     recurs: bool
+    padding: int
     cu_seqlens_q: Tensor  # [problems + 1], int32, where problems begin; on the GPU if there is one
     cu_seqlens_k: Tensor
 
@@ -51,13 +54,14 @@ def make_block(
     causal: bool,
     recurs: bool,
     device: str,
+    padding: int = 0,
 ) -> Block:
     """Returns the block of these fields. device: where the attention will be computed."""
     cu_seqlens = (
         torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
         for lengths in (lengths_q, lengths_k)
     )
-    return Block(queries, keys, lengths_q, lengths_k, causal, recurs, *cu_seqlens)
+    return Block(queries, keys, lengths_q, lengths_k, causal, recurs, padding, *cu_seqlens)
 
 
 def forward(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list]:
@@ -73,7 +77,8 @@ def forward(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
             q, k, v, *_flash_sizes(block), 0.0, block.causal, False
         )
         return out, log_sum, state[:2]
-    parts = [_forward(kernel, *part, block.causal) for part in _problems(block, (q,), (k, v))]
+    problems = _problems(block, (q,), (k, v))
+    parts = [_forward(kernel, *part, block.causal, block.padding) for part in problems]
     outs, log_sums, states = zip(*parts, strict=True)
     if len(parts) == 1:
         return outs[0], log_sums[0], list(states)
@@ -106,7 +111,7 @@ def backward(
         )
     problems = _problems(block, (q, grad, out, log_sum.T), (k, v))
     parts = [
-        _backward(kernel, *part, block.causal, part_state)
+        _backward(kernel, *part, block.causal, block.padding, part_state)
         for part, part_state in zip(problems, state, strict=True)
     ]
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -142,10 +147,15 @@ def _flash_sizes(block: Block) -> tuple[Tensor, Tensor, int, int]:
 
 
 def _problems(block: Block, of_queries: tuple, of_keys: tuple) -> Iterator[list[Tensor]]:
-    """Yields the tensors' problems, [batch, tokens, ...]: all at once if they are of one size."""
+    """Yields the tensors' problems, [batch, tokens, ...]: all at once if they are of one size. They
+    are padded: where the gradient of the output is zero, no other gets anything of it.
+    """
     if len(set(block.lengths_q)) == 1 and len(set(block.lengths_k)) == 1:
         batch = len(block.lengths_q)
-        yield [rearrange(x, "(b n) ... -> b n ...", b=batch) for x in (*of_queries, *of_keys)]
+        paddings = [block.padding] * len(of_queries)
+        paddings += [block.padding if block.causal else 0] * len(of_keys)
+        tensors = [rearrange(x, "(b n) ... -> b n ...", b=batch) for x in (*of_queries, *of_keys)]
+        yield [_padded(x, padding) for x, padding in zip(tensors, paddings, strict=True)]
         return
     parts = [x.split(block.lengths_q) for x in of_queries]
     parts += [x.split(block.lengths_k) for x in of_keys]
@@ -153,10 +163,14 @@ def _problems(block: Block, of_queries: tuple, of_keys: tuple) -> Iterator[list[
         yield [x[None] for x in problem]
 
 
+def _padded(x: Tensor, padding: int) -> Tensor:
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) if padding else x
+
+
 def _forward(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: int
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """As `forward`, of a batch: q: [b, n, nh, hd]; k, v: [b, m, nkv, hd]."""
+    """As `forward`, of a batch, padded: q: [b, n, nh, hd]; k, v: [b, m, nkv, hd]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     state = []
     if kernel == "cudnn":
@@ -167,11 +181,10 @@ def _forward(
         out, log_sum, *state = aten._scaled_dot_product_efficient_attention(
             q, _for_each_head(k, q), _for_each_head(v, q), None, True, 0.0, causal
         )
-        log_sum = log_sum[..., : q.shape[2]]
     else:
         out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    log_sum = rearrange(log_sum.reshape(out.shape[:3]), "b heads n -> heads (b n)")
-    return _packed(out), log_sum, state[:2]
+    log_sum = log_sum.reshape(*out.shape[:2], -1)[..., : out.shape[2] - padding]
+    return _packed(out, padding), rearrange(log_sum, "b heads n -> heads (b n)"), state[:2]
 
 
 def _backward(
@@ -183,9 +196,10 @@ def _backward(
     k: Tensor,
     v: Tensor,
     causal: bool,
+    padding: int,
     state: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backward`, of a batch: q, grad, out: [b, n, nh, hd]; log_sum: [b, n, nh]."""
+    """As `backward`, of a batch, padded: q, grad, out: [b, n, nh, hd]; log_sum: [b, n, nh]."""
     q, grad, out, log_sum, k, v = (x.transpose(1, 2) for x in (q, grad, out, log_sum, k, v))
     log_sum = log_sum.contiguous()
     if kernel == "cudnn":
@@ -206,11 +220,12 @@ def _backward(
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, log_sum, 0.0, causal
         )
-    return _packed(dq), _packed(dk), _packed(dv)
+    key_padding = padding if causal else 0
+    return _packed(dq, padding), _packed(dk, key_padding), _packed(dv, key_padding)
 
 
-def _packed(x: Tensor) -> Tensor:
-    return rearrange(x, "b heads n hd -> (b n) heads hd")
+def _packed(x: Tensor, padding: int) -> Tensor:
+    return rearrange(x[:, :, : x.shape[2] - padding], "b heads n hd -> (b n) heads hd")
 
 
 def _for_each_head(x: Tensor, q: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 MAX_BLOCK_SIZE = 65_536  # tokens of several documents that one kernel call takes at the most
+# Sizes that recur can be computed by cuDNN's kernel, the fastest, so that long pieces get such:
+LONG_PIECE = 4096  # tokens, from which on they are long, and to whose multiples keys are split
+SIZE_STEP = 512  # tokens, to whose multiples queries are padded, by an eighth at the most
 
 
 @dataclass(frozen=True)
@@ -173,21 +176,27 @@ def _local_blocks(
 
     As many in a block as MAX_BLOCK_SIZE allows, but at least one: beside its results a kernel's
     backward holds float32 sums and other copies, together about four times as large as q; short
-    pieces count as FLASH_TILE tokens, which they cost there.
+    pieces count as FLASH_TILE tokens, which they cost there. A long piece shares a block only with
+    others of its length.
     """
     groups, room = [], 0
     for first, last, _, _ in pieces:
-        if last - first > room:
+        length = last - first
+        mixes = groups and (length == groups[-1][-1] or max(length, groups[-1][-1]) < LONG_PIECE)
+        if length > room or not mixes:
             groups.append([])
             room = MAX_BLOCK_SIZE
-        groups[-1].append(last - first)
-        room -= max(last - first, fused_attention.FLASH_TILE)
+        groups[-1].append(length)
+        room -= max(length, fused_attention.FLASH_TILE)
     blocks, row = [], 0
     for lengths in groups:
         rows = slice(row, row + sum(lengths))
         # One length of several documents is no accident; one document's alone can be any.
         recurs = len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % chunk_size == 0)
-        blocks.append(make_block(rows, rows, lengths, lengths, causal, recurs, device))
+        pads = causal and not recurs and lengths[0] >= LONG_PIECE
+        padding = -lengths[0] % SIZE_STEP if pads else 0
+        block = make_block(rows, rows, lengths, lengths, causal, recurs or pads, device, padding)
+        blocks.append(block)
         row = rows.stop
     return blocks
 
@@ -195,15 +204,26 @@ def _local_blocks(
 def _stream_blocks(
     pieces: list[list[int]], causal: bool, chunk_size: int, device: str
 ) -> list[Block]:
-    """Returns the pieces whose documents are cut, each with the other parts that it sees."""
+    """Returns the pieces whose documents are cut, each with the other parts that it sees.
+
+    Of many keys those that are too many for a size that recurs make a block of their own.
+    """
     blocks, row = [], 0
     for piece in pieces:
         length = piece[1] - piece[0]
         rows = slice(row, row + length)
         for keys in _other_keys(piece, causal):
-            num_keys = keys.stop - keys.start
-            recurs = length % chunk_size == num_keys % chunk_size == 0
-            blocks.append(make_block(rows, keys, [length], [num_keys], False, recurs, device))
+            num_keys, padding = keys.stop - keys.start, -length % SIZE_STEP
+            first = keys.start + num_keys % LONG_PIECE  # of a number that recurs
+            if length % chunk_size == num_keys % chunk_size == 0:
+                first, padding = keys.start, 0
+            elif padding > length // 8:
+                first = keys.stop
+            rest, many = slice(keys.start, first), slice(first, keys.stop)
+            for part, recurs, pads in ((rest, False, 0), (many, True, padding)):
+                if part.start < part.stop:
+                    sizes = [length], [part.stop - part.start]
+                    blocks.append(make_block(rows, part, *sizes, False, recurs, device, pads))
         row += length
     return blocks
 

@@ -41,6 +41,39 @@ def test_blocks_are_limited_in_size_and_change_nothing(monkeypatch, cp_group):
         assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
+def test_long_pieces_get_sizes_that_recur(cp_group):
+    """So that cuDNN's kernel can take them: queries by padding, keys by a block of their own for
+    what is too much.
+    """
+
+    def local_blocks(lengths, causal=True):
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 16, 0, cp_group, causal=causal)
+        blocks = key.local_blocks
+        return [(block.lengths_q, block.recurs, block.padding) for block in blocks]
+
+    lengths = [5000, 300, 40, 4096, 4096, 5000]
+    short, whole = ([300, 40], False, 0), ([4096, 4096], True, 0)
+    assert local_blocks(lengths) == [([5000], True, 120), short, whole, ([5000], True, 120)]
+    # Without a causal mask queries would see the keys that are padded with them.
+    assert local_blocks([5000, 300], causal=False) == [([5000], False, 0), ([300], False, 0)]
+
+    def stream_blocks(first, last, document_first):
+        pieces = [[first, last, document_first, last]]
+        blocks = native_attention._stream_blocks(pieces, True, 2048, "cpu")
+        assert all(block.queries == slice(0, last - first) for block in blocks)
+        return [(block.keys, block.recurs, block.padding) for block in blocks]
+
+    chunk = slice(0, 8192), True, 0
+    assert stream_blocks(8192, 16_384, 0) == [chunk]
+    rest = slice(100, 4096), False, 0
+    assert stream_blocks(8192, 16_384, 100) == [rest, (slice(4096, 8192), True, 0)]
+    assert stream_blocks(8192, 16_300, 100) == [rest, (slice(4096, 8192), True, 84)]
+    assert stream_blocks(8192, 16_300, 0) == [(slice(0, 8192), True, 84)]
+    assert stream_blocks(8192, 9400, 100) == [(slice(100, 8192), False, 0)]  # 328 of 1208 to pad
+    assert stream_blocks(8192, 16_384, 5000) == [(slice(5000, 8192), False, 0)]
+
+
 def test_what_native_cannot_do_is_refused(cp_group):
     cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32)
     with pytest.raises(ValueError, match="window_size"):
