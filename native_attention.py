@@ -10,7 +10,7 @@ Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `nh` heads
 heads, `hd` head_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +29,9 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 MAX_BLOCK_SIZE = 65_536  # tokens of several documents that one kernel call takes at the most
-# Sizes that recur can be computed by cuDNN's kernel, the fastest, so that long pieces get such:
-LONG_PIECE = 4096  # tokens, from which on they are long, and to whose multiples keys are split
-SIZE_STEP = 512  # tokens, to whose multiples queries are padded, by an eighth at the most
+# What is large gets one of few sizes, which recur, so that cuDNN's kernel, the fastest, takes it:
+MIN_PIECE = 4096  # tokens: pieces from this length on are padded, by an eighth at the most
+MIN_QUERIES, MIN_KEYS = 1024, 4096  # the least of the powers of two into which others are cut
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _local_blocks(
     groups, room = [], 0
     for first, last, _, _ in pieces:
         length = last - first
-        mixes = groups and (length == groups[-1][-1] or max(length, groups[-1][-1]) < LONG_PIECE)
+        mixes = groups and (length == groups[-1][-1] or max(length, groups[-1][-1]) < MIN_PIECE)
         if length > room or not mixes:
             groups.append([])
             room = MAX_BLOCK_SIZE
@@ -193,8 +193,8 @@ def _local_blocks(
         rows = slice(row, row + sum(lengths))
         # One length of several documents is no accident; one document's alone can be any.
         recurs = len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % chunk_size == 0)
-        pads = causal and not recurs and lengths[0] >= LONG_PIECE
-        padding = -lengths[0] % SIZE_STEP if pads else 0
+        pads = causal and not recurs and lengths[0] >= MIN_PIECE
+        padding = -lengths[0] % (_power_of_two(lengths[0]) // 8) if pads else 0
         block = make_block(rows, rows, lengths, lengths, causal, recurs or pads, device, padding)
         blocks.append(block)
         row = rows.stop
@@ -206,26 +206,51 @@ def _stream_blocks(
 ) -> list[Block]:
     """Returns the pieces whose documents are cut, each with the other parts that it sees.
 
-    Of many keys those that are too many for a size that recurs make a block of their own.
+    Whole chunks in one block. Otherwise the queries, padded, and the keys are cut into powers of
+    two; what is too little for that, of either, makes a block of its own.
     """
     blocks, row = [], 0
+
+    def add(first_row: int, num_rows: int, first_key: int, num_keys: int, recurs: bool, padding=0):
+        rows = slice(first_row, first_row + num_rows)
+        keys = slice(first_key, first_key + num_keys)
+        sizes = [num_rows], [num_keys]
+        blocks.append(make_block(rows, keys, *sizes, False, recurs, device, padding))
+
     for piece in pieces:
         length = piece[1] - piece[0]
-        rows = slice(row, row + length)
         for keys in _other_keys(piece, causal):
-            num_keys, padding = keys.stop - keys.start, -length % SIZE_STEP
-            first = keys.start + num_keys % LONG_PIECE  # of a number that recurs
-            if length % chunk_size == num_keys % chunk_size == 0:
-                first, padding = keys.start, 0
-            elif padding > length // 8:
-                first = keys.stop
-            rest, many = slice(keys.start, first), slice(first, keys.stop)
-            for part, recurs, pads in ((rest, False, 0), (many, True, padding)):
-                if part.start < part.stop:
-                    sizes = [length], [part.stop - part.start]
-                    blocks.append(make_block(rows, part, *sizes, False, recurs, device, pads))
+            num_keys = keys.stop - keys.start
+            if all(bound % chunk_size == 0 for bound in piece):
+                add(row, length, keys.start, num_keys, recurs=True)
+                continue
+            rest = num_keys % MIN_KEYS if length >= MIN_QUERIES else num_keys
+            if rest:
+                add(row, length, keys.start, rest, recurs=False)
+            padding = -length % MIN_QUERIES
+            for key, key_size in _powers_of_two(num_keys - rest):
+                for query, size in _powers_of_two(length + padding):
+                    padded = max(query + size - length, 0)
+                    first_key = keys.start + rest + key
+                    add(row + query, size - padded, first_key, key_size, True, padded)
         row += length
     return blocks
+
+
+def _power_of_two(number: int) -> int:
+    """Returns the largest power of two that is not above the number."""
+    return 1 << (number.bit_length() - 1)
+
+
+def _powers_of_two(number: int) -> Iterator[tuple[int, int]]:
+    """Yields the powers of two that the number is made of, the largest first, and before each the
+    sum of those before it.
+    """
+    begin = 0
+    while begin < number:
+        size = _power_of_two(number - begin)
+        yield begin, size
+        begin += size
 
 
 # ---------------------------------------------------------------------------------------------

@@ -112,8 +112,9 @@ def check(backend, mesh, dtype, lengths: list[int], causal: bool, chunk_size: in
 def main() -> None:
     backend, device_type, dtype, *cp_sizes = sys.argv[1:]
     dtype = getattr(torch, dtype)
-    if device_type == "cpu":  # so that pieces of documents as short as these are long ones
-        native_attention.LONG_PIECE, native_attention.SIZE_STEP = 64, 16
+    if device_type == "cpu":  # so that pieces of documents as short as these are large
+        native_attention.MIN_PIECE, native_attention.MIN_QUERIES = 64, 16
+        native_attention.MIN_KEYS = 32
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
@@ -130,7 +131,7 @@ def main() -> None:
             check(backend, mesh, dtype, [1024], causal, chunk_size=256)  # whole chunks alone
             check(backend, mesh, dtype, [256] * 8, causal, chunk_size=1024)  # whole documents
             if device_type == "cuda":
-                check(backend, mesh, dtype, [4200, 9001, 5, 300, 9701], causal, chunk_size=1024)
+                check(backend, mesh, dtype, [4200, 9001, 5, 300, 9701], causal, chunk_size=4096)
     dist.barrier()  # no rank ends while another's threads still wait for it
     dist.destroy_process_group()
     process.leave()

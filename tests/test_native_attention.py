@@ -41,9 +41,9 @@ def test_blocks_are_limited_in_size_and_change_nothing(monkeypatch, cp_group):
         assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
-def test_long_pieces_get_sizes_that_recur(cp_group):
-    """So that cuDNN's kernel can take them: queries by padding, keys by a block of their own for
-    what is too much.
+def test_what_is_large_gets_sizes_that_recur(cp_group):
+    """For cuDNN's kernel: pieces of documents are padded, what they see of other ranks' keys is cut
+    into powers of two.
     """
 
     def local_blocks(lengths, causal=True):
@@ -52,26 +52,30 @@ def test_long_pieces_get_sizes_that_recur(cp_group):
         blocks = key.local_blocks
         return [(block.lengths_q, block.recurs, block.padding) for block in blocks]
 
-    lengths = [5000, 300, 40, 4096, 4096, 5000]
+    lengths = [5000, 300, 40, 4096, 4096, 9000]
     short, whole = ([300, 40], False, 0), ([4096, 4096], True, 0)
-    assert local_blocks(lengths) == [([5000], True, 120), short, whole, ([5000], True, 120)]
+    assert local_blocks(lengths) == [([5000], True, 120), short, whole, ([9000], True, 216)]
     # Without a causal mask queries would see the keys that are padded with them.
     assert local_blocks([5000, 300], causal=False) == [([5000], False, 0), ([300], False, 0)]
 
-    def stream_blocks(first, last, document_first):
-        pieces = [[first, last, document_first, last]]
-        blocks = native_attention._stream_blocks(pieces, True, 2048, "cpu")
-        assert all(block.queries == slice(0, last - first) for block in blocks)
-        return [(block.keys, block.recurs, block.padding) for block in blocks]
+    def stream_blocks(*piece):  # queries, keys, whether the size recurs, padding
+        blocks = native_attention._stream_blocks([list(piece)], True, 2048, "cpu")
+        slices = [(b.queries.start, b.queries.stop, b.keys.start, b.keys.stop) for b in blocks]
+        return [(*x, b.recurs, b.padding) for x, b in zip(slices, blocks, strict=True)]
 
-    chunk = slice(0, 8192), True, 0
-    assert stream_blocks(8192, 16_384, 0) == [chunk]
-    rest = slice(100, 4096), False, 0
-    assert stream_blocks(8192, 16_384, 100) == [rest, (slice(4096, 8192), True, 0)]
-    assert stream_blocks(8192, 16_300, 100) == [rest, (slice(4096, 8192), True, 84)]
-    assert stream_blocks(8192, 16_300, 0) == [(slice(0, 8192), True, 84)]
-    assert stream_blocks(8192, 9400, 100) == [(slice(100, 8192), False, 0)]  # 328 of 1208 to pad
-    assert stream_blocks(8192, 16_384, 5000) == [(slice(5000, 8192), False, 0)]
+    # Whole chunks of a document that is made of whole chunks.
+    assert stream_blocks(6144, 12_288, 0, 16_384) == [(0, 6144, 0, 6144, True, 0)]
+    # 10,100 + 140 queries, 13,192 keys: those are 8192 and 2048, these the rest, 8192 and 4096.
+    assert stream_blocks(13_292, 23_392, 100, 30_000) == [
+        (0, 10_100, 100, 1004, False, 0),
+        (0, 8192, 1004, 9196, True, 0),
+        (8192, 10_100, 1004, 9196, True, 140),
+        (0, 8192, 9196, 13_292, True, 0),
+        (8192, 10_100, 9196, 13_292, True, 140),
+    ]
+    # Too few queries, too few keys.
+    assert stream_blocks(8192, 9000, 100, 9000) == [(0, 808, 100, 8192, False, 0)]
+    assert stream_blocks(8192, 10_240, 5000, 11_000) == [(0, 2048, 5000, 8192, False, 0)]
 
 
 def test_what_native_cannot_do_is_refused(cp_group):
