@@ -76,6 +76,8 @@ TORCHTITAN = {
         "128k-full": 18_657,
         "128k-documents-full": 78_149,
         "64k-documents": 102_369,
+        "64k-stdlib": 40_960,
+        "128k-stdlib-full": 33_839,
     },
 }
 MAGI_EXAMPLE = {"H200": {"8k": 11_704}}

@@ -130,7 +130,7 @@ def main() -> None:
             check(backend, mesh, dtype, [64, 64], causal, chunk_size=16)  # nothing to pad
             check(backend, mesh, dtype, [1024], causal, chunk_size=256)  # whole chunks alone
             check(backend, mesh, dtype, [256] * 8, causal, chunk_size=1024)  # whole documents
-            if device_type == "cuda":
+            if device_type == "cuda" and backend == "native":  # large pieces
                 check(backend, mesh, dtype, [4200, 9001, 5, 300, 9701], causal, chunk_size=4096)
     dist.barrier()  # no rank ends while another's threads still wait for it
     dist.destroy_process_group()
