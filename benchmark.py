@@ -182,8 +182,8 @@ def mask_milliseconds(config, bounds: tuple[int, ...]) -> float:
         torch.randn(num_tokens, n, config.head_dim, device="cuda", dtype=torch.bfloat16)
         for n in (heads[0], heads[1], heads[1])
     )
-    times = attention_milliseconds(q, k, v, key, repeats=1)
-    if times[0] < 1000:  # that was to warm up; what takes longer hardly depends on it
+    _, *times = attention_milliseconds(q, k, v, key, repeats=2)  # the first prepares kernels
+    if times[0] < 1000:
         times = attention_milliseconds(q, k, v, key, repeats=5)
     return statistics.median(times)
 

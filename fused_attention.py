@@ -31,8 +31,9 @@ class Block:
     queries, keys: their rows among those of q, and of k and v. lengths_q, lengths_k: tokens of each
     problem. causal: query i of a problem sees its keys 0 to i, which needs as many keys as queries.
     recurs: whether blocks of the same sizes come again and again, as those of whole chunks do.
-    padding: zeros that make them so: tokens behind each problem, but no keys without a causal mask,
-    which alone keeps the problem's queries from seeing them.
+
+    Lengths may be of more tokens than there are rows: then zeros follow these. As queries they
+    change nothing; as keys they would be seen, but for a causal mask.
     """
 
     queries: slice
@@ -41,7 +42,6 @@ class Block:
     lengths_k: list[int]
     causal: bool
     recurs: bool
-    padding: int
     cu_seqlens_q: Tensor  # [problems + 1], int32, where problems begin; on the GPU if there is one
     cu_seqlens_k: Tensor
 
@@ -54,14 +54,13 @@ def make_block(
     causal: bool,
     recurs: bool,
     device: str,
-    padding: int = 0,
 ) -> Block:
     """Returns the block of these fields. device: where the attention will be computed."""
     cu_seqlens = (
         torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
         for lengths in (lengths_q, lengths_k)
     )
-    return Block(queries, keys, lengths_q, lengths_k, causal, recurs, padding, *cu_seqlens)
+    return Block(queries, keys, lengths_q, lengths_k, causal, recurs, *cu_seqlens)
 
 
 def forward(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list]:
@@ -71,18 +70,20 @@ def forward(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     q: [tokens, nh, hd]; k, v: [tokens, nkv, hd], of which the block names its own.
     """
     kernel = _kernel(block, q)
-    q, k, v = q[block.queries], k[block.keys], v[block.keys]
+    num_queries = len(q[block.queries])
+    q = _rows(q, block.queries, block.lengths_q)
+    k, v = (_rows(x, block.keys, block.lengths_k) for x in (k, v))
     if kernel == "flash":
         out, log_sum, *state = aten._flash_attention_forward(
             q, k, v, *_flash_sizes(block), 0.0, block.causal, False
         )
-        return out, log_sum, state[:2]
-    problems = _problems(block, (q,), (k, v))
-    parts = [_forward(kernel, *part, block.causal, block.padding) for part in problems]
+        return out[:num_queries], log_sum[:, :num_queries], state[:2]
+    parts = [_forward(kernel, *part, block.causal) for part in _problems(block, (q,), (k, v))]
     outs, log_sums, states = zip(*parts, strict=True)
-    if len(parts) == 1:
-        return outs[0], log_sums[0], list(states)
-    return torch.cat(outs), torch.cat(log_sums, dim=1), list(states)
+    out, log_sum = outs[0], log_sums[0]
+    if len(parts) > 1:
+        out, log_sum = torch.cat(outs), torch.cat(log_sums, dim=1)
+    return out[:num_queries], log_sum[:, :num_queries], list(states)
 
 
 def backward(
@@ -102,29 +103,35 @@ def backward(
     state: what `forward` returned.
     """
     kernel = _kernel(block, q)
-    q, k, v = q[block.queries], k[block.keys], v[block.keys]
-    grad, out, log_sum = grad[block.queries], out[block.queries], log_sum[:, block.queries]
+    sizes = len(q[block.queries]), len(k[block.keys]), len(k[block.keys])
+    # Zeros that follow are queries whose output has no gradient: nothing else gets any from them.
+    q, grad, out, log_sum = (
+        _rows(x, block.queries, block.lengths_q) for x in (q, grad, out, log_sum.T)
+    )
+    k, v = (_rows(x, block.keys, block.lengths_k) for x in (k, v))
     if kernel == "flash":
-        sizes = _flash_sizes(block)
-        return aten._flash_attention_backward(
-            grad, q, k, v, out, log_sum.contiguous(), *sizes, 0.0, block.causal, *state
+        args = (*_flash_sizes(block), 0.0, block.causal, *state)
+        gradients = aten._flash_attention_backward(
+            grad, q, k, v, out, log_sum.T.contiguous(), *args
         )
-    problems = _problems(block, (q, grad, out, log_sum.T), (k, v))
-    parts = [
-        _backward(kernel, *part, block.causal, block.padding, part_state)
-        for part, part_state in zip(problems, state, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    else:
+        problems = _problems(block, (q, grad, out, log_sum), (k, v))
+        parts = [
+            _backward(kernel, *part, block.causal, part_state)
+            for part, part_state in zip(problems, state, strict=True)
+        ]
+        gradients = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return tuple(x[:size] for x, size in zip(gradients, sizes, strict=True))
 
 
 def join(out: Tensor, log_sum: Tensor, more_out: Tensor, more_log_sum: Tensor) -> None:
     """Adds the keys of another part to out and log_sum, in place, for the same queries.
 
     out: [n, nh, hd]; log_sum: [nh, n]. Each part counts by its share of the summed exponentials:
-    exp(b) / (exp(a) + exp(b)) = sigmoid(b - a).
+    exp(b) / (exp(a) + exp(b)) = sigmoid(b - a). `out` has the type of log_sum.
     """
     share = torch.sigmoid(more_log_sum - log_sum).T[..., None]
-    out.copy_(out.to(share.dtype, copy=True).lerp_(more_out.to(share.dtype), share))
+    out.lerp_(more_out.to(out.dtype), share)
     log_sum.copy_(torch.logaddexp(log_sum, more_log_sum))
 
 
@@ -146,16 +153,18 @@ def _flash_sizes(block: Block) -> tuple[Tensor, Tensor, int, int]:
     return block.cu_seqlens_q, block.cu_seqlens_k, max(block.lengths_q), max(block.lengths_k)
 
 
+def _rows(x: Tensor, rows: slice, lengths: list[int]) -> Tensor:
+    """Returns these rows of x, and zeros behind them where the lengths are of more."""
+    x = x[rows]
+    padding = sum(lengths) - len(x)
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, padding)) if padding else x
+
+
 def _problems(block: Block, of_queries: tuple, of_keys: tuple) -> Iterator[list[Tensor]]:
-    """Yields the tensors' problems, [batch, tokens, ...]: all at once if they are of one size. They
-    are padded: where the gradient of the output is zero, no other gets anything of it.
-    """
+    """Yields the tensors' problems, [batch, tokens, ...]: all at once if they are of one size."""
     if len(set(block.lengths_q)) == 1 and len(set(block.lengths_k)) == 1:
         batch = len(block.lengths_q)
-        paddings = [block.padding] * len(of_queries)
-        paddings += [block.padding if block.causal else 0] * len(of_keys)
-        tensors = [rearrange(x, "(b n) ... -> b n ...", b=batch) for x in (*of_queries, *of_keys)]
-        yield [_padded(x, padding) for x, padding in zip(tensors, paddings, strict=True)]
+        yield [rearrange(x, "(b n) ... -> b n ...", b=batch) for x in (*of_queries, *of_keys)]
         return
     parts = [x.split(block.lengths_q) for x in of_queries]
     parts += [x.split(block.lengths_k) for x in of_keys]
@@ -163,14 +172,10 @@ def _problems(block: Block, of_queries: tuple, of_keys: tuple) -> Iterator[list[
         yield [x[None] for x in problem]
 
 
-def _padded(x: Tensor, padding: int) -> Tensor:
-    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) if padding else x
-
-
 def _forward(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: int
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """As `forward`, of a batch, padded: q: [b, n, nh, hd]; k, v: [b, m, nkv, hd]."""
+    """As `forward`, of a batch: q: [b, n, nh, hd]; k, v: [b, m, nkv, hd]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     state = []
     if kernel == "cudnn":
@@ -181,10 +186,11 @@ def _forward(
         out, log_sum, *state = aten._scaled_dot_product_efficient_attention(
             q, _for_each_head(k, q), _for_each_head(v, q), None, True, 0.0, causal
         )
+        log_sum = log_sum[..., : q.shape[2]]
     else:
         out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    log_sum = log_sum.reshape(*out.shape[:2], -1)[..., : out.shape[2] - padding]
-    return _packed(out, padding), rearrange(log_sum, "b heads n -> heads (b n)"), state[:2]
+    log_sum = rearrange(log_sum.reshape(out.shape[:3]), "b heads n -> heads (b n)")
+    return _packed(out), log_sum, state[:2]
 
 
 def _backward(
@@ -196,10 +202,9 @@ def _backward(
     k: Tensor,
     v: Tensor,
     causal: bool,
-    padding: int,
     state: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backward`, of a batch, padded: q, grad, out: [b, n, nh, hd]; log_sum: [b, n, nh]."""
+    """As `backward`, of a batch: q, grad, out: [b, n, nh, hd]; log_sum: [b, n, nh]."""
     q, grad, out, log_sum, k, v = (x.transpose(1, 2) for x in (q, grad, out, log_sum, k, v))
     log_sum = log_sum.contiguous()
     if kernel == "cudnn":
@@ -220,12 +225,11 @@ def _backward(
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, log_sum, 0.0, causal
         )
-    key_padding = padding if causal else 0
-    return _packed(dq, padding), _packed(dk, key_padding), _packed(dv, key_padding)
+    return _packed(dq), _packed(dk), _packed(dv)
 
 
-def _packed(x: Tensor, padding: int) -> Tensor:
-    return rearrange(x[:, :, : x.shape[2] - padding], "b heads n hd -> (b n) heads hd")
+def _packed(x: Tensor) -> Tensor:
+    return rearrange(x, "b heads n hd -> (b n) heads hd")
 
 
 def _for_each_head(x: Tensor, q: Tensor) -> Tensor:

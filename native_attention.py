@@ -10,6 +10,7 @@ Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `nh` heads
 heads, `hd` head_dim.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,9 +30,10 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 MAX_BLOCK_SIZE = 65_536  # tokens of several documents that one kernel call takes at the most
-# What is large gets one of few sizes, which recur, so that cuDNN's kernel, the fastest, takes it:
-MIN_PIECE = 4096  # tokens: pieces from this length on are padded, by an eighth at the most
-MIN_QUERIES, MIN_KEYS = 1024, 4096  # the least of the powers of two into which others are cut
+# What is large gets one of few sizes, which recur, so that cuDNN's kernel, the fastest, takes it.
+# (Where it is not the fastest, before Hopper, this gains nothing, and costs a little.)
+MIN_PIECE = 4096  # tokens from which on a causal piece is padded, by an eighth at the most
+MIN_QUERIES, MIN_KEYS = 1024, 4096  # the least of the powers of two into which a rectangle is cut
 
 
 @dataclass(frozen=True)
@@ -176,14 +178,14 @@ def _local_blocks(
 
     As many in a block as MAX_BLOCK_SIZE allows, but at least one: beside its results a kernel's
     backward holds float32 sums and other copies, together about four times as large as q; short
-    pieces count as FLASH_TILE tokens, which they cost there. A long piece shares a block only with
-    others of its length.
+    pieces count as FLASH_TILE tokens, which they cost there. A piece of MIN_PIECE tokens or more
+    shares a block only with others of its length; alone and causal, it is padded.
     """
     groups, room = [], 0
-    for first, last, _, _ in pieces:
-        length = last - first
-        mixes = groups and (length == groups[-1][-1] or max(length, groups[-1][-1]) < MIN_PIECE)
-        if length > room or not mixes:
+    for begin, end, _, _ in pieces:
+        length = end - begin
+        last = groups[-1][-1] if groups else 0
+        if length > room or (length != last and max(length, last) >= MIN_PIECE):
             groups.append([])
             room = MAX_BLOCK_SIZE
         groups[-1].append(length)
@@ -193,10 +195,11 @@ def _local_blocks(
         rows = slice(row, row + sum(lengths))
         # One length of several documents is no accident; one document's alone can be any.
         recurs = len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % chunk_size == 0)
-        pads = causal and not recurs and lengths[0] >= MIN_PIECE
-        padding = -lengths[0] % (_power_of_two(lengths[0]) // 8) if pads else 0
-        block = make_block(rows, rows, lengths, lengths, causal, recurs or pads, device, padding)
-        blocks.append(block)
+        if causal and not recurs and lengths[0] >= MIN_PIECE:
+            (length,) = lengths
+            step = 2 ** (length.bit_length() - 4)  # an eighth of the power of two below it
+            lengths, recurs = [-(-length // step) * step], True
+        blocks.append(make_block(rows, rows, lengths, lengths, causal, recurs, device))
         row = rows.stop
     return blocks
 
@@ -206,50 +209,35 @@ def _stream_blocks(
 ) -> list[Block]:
     """Returns the pieces whose documents are cut, each with the other parts that it sees.
 
-    Whole chunks in one block. Otherwise the queries, padded, and the keys are cut into powers of
-    two; what is too little for that, of either, makes a block of its own.
+    Of a document that is made of whole chunks, all of one part in a block. Of others the queries,
+    padded, and the keys are cut into powers of two; keys that are too few for that make a block of
+    their own, and so do all if the queries are.
     """
     blocks, row = [], 0
-
-    def add(first_row: int, num_rows: int, first_key: int, num_keys: int, recurs: bool, padding=0):
-        rows = slice(first_row, first_row + num_rows)
-        keys = slice(first_key, first_key + num_keys)
-        sizes = [num_rows], [num_keys]
-        blocks.append(make_block(rows, keys, *sizes, False, recurs, device, padding))
-
     for piece in pieces:
         length = piece[1] - piece[0]
+        is_whole = all(bound % chunk_size == 0 for bound in piece)
         for keys in _other_keys(piece, causal):
-            num_keys = keys.stop - keys.start
-            if all(bound % chunk_size == 0 for bound in piece):
-                add(row, length, keys.start, num_keys, recurs=True)
-                continue
-            rest = num_keys % MIN_KEYS if length >= MIN_QUERIES else num_keys
-            if rest:
-                add(row, length, keys.start, rest, recurs=False)
-            padding = -length % MIN_QUERIES
-            for key, key_size in _powers_of_two(num_keys - rest):
-                for query, size in _powers_of_two(length + padding):
-                    padded = max(query + size - length, 0)
-                    first_key = keys.start + rest + key
-                    add(row + query, size - padded, first_key, key_size, True, padded)
+            cut = keys.stop  # where the keys begin that are cut into powers of two
+            if length >= MIN_QUERIES and not is_whole:
+                cut -= (keys.stop - keys.start) // MIN_KEYS * MIN_KEYS
+            parts = [(slice(0, length), slice(keys.start, cut))] if keys.start < cut else []
+            padded_length = -(-length // MIN_QUERIES) * MIN_QUERIES
+            powers = _powers_of_two(0, padded_length), _powers_of_two(cut, keys.stop)
+            for queries, part in [*parts, *itertools.product(*powers)]:
+                recurs = is_whole or part.start >= cut
+                rows = slice(row + queries.start, row + min(queries.stop, length))
+                sizes = [queries.stop - queries.start], [part.stop - part.start]
+                blocks.append(make_block(rows, part, *sizes, False, recurs, device))
         row += length
     return blocks
 
 
-def _power_of_two(number: int) -> int:
-    """Returns the largest power of two that is not above the number."""
-    return 1 << (number.bit_length() - 1)
-
-
-def _powers_of_two(number: int) -> Iterator[tuple[int, int]]:
-    """Yields the powers of two that the number is made of, the largest first, and before each the
-    sum of those before it.
-    """
-    begin = 0
-    while begin < number:
-        size = _power_of_two(number - begin)
-        yield begin, size
+def _powers_of_two(begin: int, end: int) -> Iterator[slice]:
+    """Yields slices from begin to end whose sizes are powers of two, the largest first."""
+    while begin < end:
+        size = 2 ** ((end - begin).bit_length() - 1)
+        yield slice(begin, begin + size)
         begin += size
 
 
@@ -356,11 +344,14 @@ class _NativeAttention(torch.autograd.Function):
         if wait_for_kv is not None:
             k_stream, v_stream = wait_for_kv()
             del wait_for_kv  # and with it what was gathered, in the ranks' order
+            # A query can have several blocks: rounded once, not with each of them.
+            out = out.to(torch.promote_types(q.dtype, torch.float32))
             for block in key.stream_blocks:
                 rows = block.queries
                 *part, state = fused_attention.forward(block, q, k_stream, v_stream)
                 fused_attention.join(out[rows], log_sum[:, rows], *part)
                 ctx.states.append(state)
+            out = out.to(q.dtype)
         ctx.key = key
         ctx.save_for_backward(q, k, v, out, log_sum)
         return out
@@ -386,9 +377,12 @@ class _NativeAttention(torch.autograd.Function):
         k_stream, v_stream = wait_for_kv()
         del wait_for_kv  # and with it what was gathered, in the ranks' order
         saved = (saved[0], q, k_stream, v_stream, out, log_sum)
-        # Several blocks can see the same keys: their gradients add up in float32 at least.
+        # Several blocks can see the same keys: their gradients add up in float32 at least. So do
+        # those of queries that have several blocks here.
         dtype = torch.promote_types(k.dtype, torch.float32)
         dkv = k.new_zeros(len(k_stream), 2, *k.shape[1:], dtype=dtype)
+        if len({block.queries.start for block in key.stream_blocks}) < len(key.stream_blocks):
+            dq = dq.to(dtype)
         for block in key.stream_blocks:
             part_q, part_k, part_v = fused_attention.backward(block, *saved, next(states))
             dq[block.queries] += part_q
@@ -398,7 +392,7 @@ class _NativeAttention(torch.autograd.Function):
         dkv = dkv.to(k.dtype).index_select(0, key.order)
         local = dkv.new_empty(len(k), *dkv.shape[1:])
         reduce_scatter_single(local, dkv, group=key.cp_group)
-        return dq, dk + local[:, 0], dv + local[:, 1], None
+        return dq.to(q.dtype), dk + local[:, 0], dv + local[:, 1], None
 
 
 def _put(part: Tensor, rows: slice, total: Tensor | None, num_rows: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Arguments: the backend, the device type, the dtype that the backend computes in, and the cp sizes.
 In float64 and float32 the backend has to be exact. In bfloat16 its errors may be twice those that
-PyTorch's own kernels (cuDNN or flash) make on the same documents; rank 0 prints both.
+PyTorch's own kernels (cuDNN or flash) make on the same documents, on a CPU, where every run is the
+same, 1.4 times; rank 0 prints both.
 """
 
 import os
@@ -82,8 +83,10 @@ def check(backend, mesh, dtype, lengths: list[int], causal: bool, chunk_size: in
     limit = dict.fromkeys(NAMES, 1e-12 if dtype == torch.float64 else 5e-5)
     if dtype == torch.bfloat16:
         pytorch = errors(by_document(pytorch_attention, (q, k, v, grad), lengths, causal), expected)
+        factor = 1.4 if mesh.device_type == "cpu" else 2
         # Of a handful of tokens one rounding decides, so there the figure is bfloat16's own.
-        limit = {name: max(2 * error, 2**-8) for name, error in pytorch.items()}
+        least = 2**-8 if total < 100 else 0
+        limit = {name: max(factor * error, least) for name, error in pytorch.items()}
         if dist.get_rank() == 0:
             mask = "causal" if causal else "full"
             figures = "  ".join(f"{n} {found[n]:.1e} ({pytorch[n]:.1e})" for n in NAMES)

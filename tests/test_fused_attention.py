@@ -42,8 +42,9 @@ def test_parts_of_the_keys_joined_are_the_attention_to_all_of_them(padding):
     q, k, v, grad = tensors(24)
     grad[:10] = 0
     expected = by_document(reference.attention, (q, k, v, grad), [24], True)
-    own = make_block(slice(10, 24), slice(10, 24), [14], [14], True, True, "cpu", padding)
-    before = make_block(slice(10, 24), slice(10), [14], [10], False, True, "cpu", padding)
+    length = 14 + padding
+    own = make_block(slice(10, 24), slice(10, 24), [length], [length], True, True, "cpu")
+    before = make_block(slice(10, 24), slice(10), [length], [10], False, True, "cpu")
     (out, log_sum, own_state), (more, more_sum, state) = (
         forward(part, q, k, v) for part in (own, before)
     )
@@ -69,7 +70,7 @@ def test_parts_of_the_keys_joined_are_the_attention_to_all_of_them(padding):
 def test_joining_writes_into_the_rows_that_it_is_given(dtype, tolerance):
     torch.manual_seed(0)
     scores, values = torch.randn(NH, 6, 20, dtype=torch.float64), torch.randn(20, NH, HD).double()
-    whole, log_sums = torch.zeros(10, NH, HD, dtype=dtype), torch.zeros(NH, 10).double()
+    whole, log_sums = torch.zeros(10, NH, HD).double(), torch.zeros(NH, 10).double()
 
     def part(keys):
         out = torch.einsum("hqk,khd->qhd", scores[..., keys].softmax(-1), values[keys])
@@ -96,9 +97,9 @@ def test_kernels_for_gpus_take_our_arguments_in_this_torch(
     kernel, dtype, recurs, lengths, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    padding = 12 if recurs and len(set(lengths)) == 1 else 0
-    causal = make_block(slice(768), slice(768), lengths, lengths, True, recurs, "meta", padding)
-    full = make_block(slice(500), slice(100, 700), [500], [600], False, recurs, "meta", padding)
+    """With as many tokens as there are rows, or, in the second block, with more queries."""
+    causal = make_block(slice(0, 768), slice(0, 768), lengths, lengths, True, recurs, "meta")
+    full = make_block(slice(0, 500), slice(100, 700), [512], [600], False, recurs, "meta")
     q, grad, whole_out = torch.empty(3, 768, 8, 64, dtype=dtype, device="meta")
     k, v = torch.empty(2, 768, 2, 64, dtype=dtype, device="meta")
     whole_sum = torch.empty(8, 768, device="meta")
@@ -106,8 +107,27 @@ def test_kernels_for_gpus_take_our_arguments_in_this_torch(
         assert fused_attention._kernel(block, q) == kernel
         out, log_sum, state = forward(block, q, k, v)
         gradients = backward(block, grad, q, k, v, whole_out, whole_sum, state)
-        queries, keys = sum(block.lengths_q), sum(block.lengths_k)
+        queries, keys = (rows.stop - rows.start for rows in (block.queries, block.keys))
         assert out.shape == gradients[0].shape == (queries, 8, 64)
         assert [x.shape for x in gradients[1:]] == [(keys, 2, 64)] * 2
         assert {x.dtype for x in (out, *gradients)} == {dtype}
         assert log_sum.shape == (8, queries) and log_sum.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, queries, kernel",
+    [
+        ((9, 0), 128, 128, "cudnn"),
+        ((10, 0), 64, 4096, "cudnn"),
+        ((8, 0), 64, 4096, "flash"),
+        ((9, 0), 256, 4096, "flash"),
+        ((9, 0), 64, 127, "flash"),
+    ],
+)
+def test_cudnn_s_kernel_is_for_what_is_large_on_hopper(
+    capability, head_dim, queries, kernel, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    block = make_block(slice(queries), slice(600), [queries], [600], False, True, "meta")
+    q = torch.empty(4096, 8, head_dim, dtype=torch.bfloat16, device="meta")
+    assert fused_attention._kernel(block, q) == kernel
