@@ -59,7 +59,8 @@ CASES = {
 # Global tokens/s of others on two GPUs at cp 2, the same shapes, torch 2.11, compiled; torchtitan's
 # attention is FlexAttention where there are documents. On H200s torchtitan of May 2026 and the
 # torch_native example of MagiAttention 1.1, all on one machine in one series; on H100s torchtitan
-# a2a0d99 (2026-05-14), each figure in the same call as one of `native` in results.jsonl.
+# a2a0d99 (2026-05-14), each figure in the same call as one of ours in results.jsonl: of `native`,
+# of `magi_attention` where the documents are unequal.
 TORCHTITAN = {
     "H200": {
         "8k": 80_293,
