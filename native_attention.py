@@ -10,8 +10,7 @@ Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `nh` heads
 heads, `hd` head_dim.
 """
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +21,13 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 import fused_attention
+from blocks import plan_blocks
 from chunks import balanced_partitions, chunk_areas
-from fused_attention import Block, make_block
+from fused_attention import Block
 
 # torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-MAX_BLOCK_SIZE = 65_536  # tokens of several documents that one kernel call takes at the most
-# What is large gets one of few sizes, which recur, so that cuDNN's kernel, the fastest, takes it.
-# (Where it is not the fastest, before Hopper, this gains nothing, and costs a little.)
-MIN_PIECE = 4096  # tokens from which on a causal piece is padded, by an eighth at the most
-MIN_QUERIES, MIN_KEYS = 1024, 4096  # the least of the powers of two into which a rectangle is cut
 
 
 @dataclass(frozen=True)
@@ -102,9 +96,10 @@ def magi_attn_varlen_key(
     chunks = torch.tensor(partitions).flatten()
     order = (chunks[:, None] * chunk_size + torch.arange(chunk_size)).flatten()
 
-    pieces = [_pieces(cu_seqlens_q, chunk_size, chunks_of_rank) for chunks_of_rank in partitions]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    own = pieces[dist.get_rank(cp_group)]
+    local_blocks, stream_blocks, gathers = plan_blocks(
+        cu_seqlens_q, chunk_size, partitions, dist.get_rank(cp_group), causal, device
+    )
     return DistAttnRuntimeKey(
         cp_group=cp_group,
         total_seqlen=total_seqlen,
@@ -113,9 +108,9 @@ def magi_attn_varlen_key(
         partitions=partitions,
         order=order.to(device),
         inverse_order=torch.argsort(order).to(device),
-        local_blocks=_local_blocks(own, causal, chunk_size, device),
-        stream_blocks=_stream_blocks(own, causal, chunk_size, device),
-        gathers=any(_other_keys(piece, causal) for of_rank in pieces for piece in of_rank),
+        local_blocks=local_blocks,
+        stream_blocks=stream_blocks,
+        gathers=gathers,
     )
 
 
@@ -125,120 +120,6 @@ def get_position_ids(key: DistAttnRuntimeKey) -> Tensor:
     Padding has the last token's, as in magi_attention.
     """
     return _local_slice(key.order, key.cp_group).clamp(max=key.total_seqlen - 1)
-
-
-# ---------------------------------------------------------------------------------------------
-# The plan
-# ---------------------------------------------------------------------------------------------
-
-
-def _pieces(cu_seqlens: Tensor, chunk_size: int, chunks: list[int]) -> list[list[int]]:
-    """Returns what a rank has of each document in one piece, in the order in which it holds them.
-
-    Each is [where it begins and ends in the stream, where its document does]. Neighbouring chunks
-    join, but not in a document that begins before the first of them, and so on another rank: of one
-    causal document all ranks then have as much to do while the keys are gathered, of several about
-    as much. Padding is no piece; it stands behind all of them.
-    """
-    cu_seqlens = cu_seqlens.long()
-    begin = torch.tensor(chunks) * chunk_size
-    end = (begin + chunk_size).clamp(max=int(cu_seqlens[-1]))
-    follows = F.pad(begin[1:] == end[:-1], (1, 0))
-    first_neighbour = begin.where(~follows, 0).cummax(0).values
-    document_begin = cu_seqlens[torch.searchsorted(cu_seqlens, begin, right=True) - 1]
-    joins = follows & (document_begin >= first_neighbour)
-    begin, end = begin[~joins], end[~F.pad(joins[1:], (0, 1))]
-    begin, end = begin[begin < end], end[begin < end]
-    if len(begin) == 0:
-        return []
-    bounds = torch.cat([begin, end, cu_seqlens]).unique()
-    first, last = bounds[:-1], bounds[1:]
-    run = torch.searchsorted(begin, first, right=True) - 1  # of chunks, that begins before
-    is_held = (run >= 0) & (first < end[run])
-    first, last = first[is_held], last[is_held]
-    document = torch.searchsorted(cu_seqlens[1:], first, right=True)
-    ends = cu_seqlens[document], cu_seqlens[document + 1]
-    return torch.stack([first, last, *ends], dim=1).tolist()
-
-
-def _other_keys(piece: list[int], causal: bool) -> list[slice]:
-    """Returns what a piece sees of its document beside itself, slices of the stream: what is before
-    it, and without a causal mask also what is behind it.
-    """
-    first, last, document_first, document_last = piece
-    slices = [slice(document_first, first)]
-    slices += [] if causal else [slice(last, document_last)]
-    return [keys for keys in slices if keys.start < keys.stop]
-
-
-def _local_blocks(
-    pieces: list[list[int]], causal: bool, chunk_size: int, device: str
-) -> list[Block]:
-    """Returns the pieces of documents that a rank has, each with its own keys.
-
-    As many in a block as MAX_BLOCK_SIZE allows, but at least one: beside its results a kernel's
-    backward holds float32 sums and other copies, together about four times as large as q; short
-    pieces count as FLASH_TILE tokens, which they cost there. A piece of MIN_PIECE tokens or more
-    shares a block only with others of its length; alone and causal, it is padded.
-    """
-    groups, room = [], 0
-    for begin, end, _, _ in pieces:
-        length = end - begin
-        last = groups[-1][-1] if groups else 0
-        if length > room or (length != last and max(length, last) >= MIN_PIECE):
-            groups.append([])
-            room = MAX_BLOCK_SIZE
-        groups[-1].append(length)
-        room -= max(length, fused_attention.FLASH_TILE)
-    blocks, row = [], 0
-    for lengths in groups:
-        rows = slice(row, row + sum(lengths))
-        # One length of several documents is no accident; one document's alone can be any.
-        recurs = len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % chunk_size == 0)
-        if causal and not recurs and lengths[0] >= MIN_PIECE:
-            (length,) = lengths
-            step = 2 ** (length.bit_length() - 4)  # an eighth of the power of two below it
-            lengths, recurs = [-(-length // step) * step], True
-        blocks.append(make_block(rows, rows, lengths, lengths, causal, recurs, device))
-        row = rows.stop
-    return blocks
-
-
-def _stream_blocks(
-    pieces: list[list[int]], causal: bool, chunk_size: int, device: str
-) -> list[Block]:
-    """Returns the pieces whose documents are cut, each with the other parts that it sees.
-
-    Of a document that is made of whole chunks, all of one part in a block. Of others the queries,
-    padded, and the keys are cut into powers of two; keys that are too few for that make a block of
-    their own, and so do all if the queries are.
-    """
-    blocks, row = [], 0
-    for piece in pieces:
-        length = piece[1] - piece[0]
-        is_whole = all(bound % chunk_size == 0 for bound in piece)
-        for keys in _other_keys(piece, causal):
-            cut = keys.stop  # where the keys begin that are cut into powers of two
-            if length >= MIN_QUERIES and not is_whole:
-                cut -= (keys.stop - keys.start) // MIN_KEYS * MIN_KEYS
-            parts = [(slice(0, length), slice(keys.start, cut))] if keys.start < cut else []
-            padded_length = -(-length // MIN_QUERIES) * MIN_QUERIES
-            powers = _powers_of_two(0, padded_length), _powers_of_two(cut, keys.stop)
-            for queries, part in [*parts, *itertools.product(*powers)]:
-                recurs = is_whole or part.start >= cut
-                rows = slice(row + queries.start, row + min(queries.stop, length))
-                sizes = [queries.stop - queries.start], [part.stop - part.start]
-                blocks.append(make_block(rows, part, *sizes, False, recurs, device))
-        row += length
-    return blocks
-
-
-def _powers_of_two(begin: int, end: int) -> Iterator[slice]:
-    """Yields slices from begin to end whose sizes are powers of two, the largest first."""
-    while begin < end:
-        size = 2 ** ((end - begin).bit_length() - 1)
-        yield slice(begin, begin + size)
-        begin += size
 
 
 # ---------------------------------------------------------------------------------------------

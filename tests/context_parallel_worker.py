@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import native_attention
+import blocks
 import process
 from context_parallel import calc_attn, load_api
 
@@ -116,8 +116,7 @@ def main() -> None:
     backend, device_type, dtype, *cp_sizes = sys.argv[1:]
     dtype = getattr(torch, dtype)
     if device_type == "cpu":  # so that pieces of documents as short as these are large
-        native_attention.MIN_PIECE, native_attention.MIN_QUERIES = 64, 16
-        native_attention.MIN_KEYS = 32
+        blocks.MIN_PIECE, blocks.MIN_QUERIES, blocks.MIN_KEYS = 64, 16, 32
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")

@@ -96,8 +96,8 @@ def test_joining_writes_into_the_rows_that_it_is_given(dtype, tolerance):
 def test_kernels_for_gpus_take_our_arguments_in_this_torch(
     kernel, dtype, recurs, lengths, monkeypatch
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     """With as many tokens as there are rows, or, in the second block, with more queries."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     causal = make_block(slice(0, 768), slice(0, 768), lengths, lengths, True, recurs, "meta")
     full = make_block(slice(0, 500), slice(100, 700), [512], [600], False, recurs, "meta")
     q, grad, whole_out = torch.empty(3, 768, 8, 64, dtype=dtype, device="meta")

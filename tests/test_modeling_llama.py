@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import blocks
 import context_parallel
 import modeling_llama
-import native_attention
 from configuration_llama import LLAMA_32_ROPE, PRESETS, LlamaConfig
 from modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaHead, rope_cos_sin
 from native_attention import magi_attn_varlen_dispatch, magi_attn_varlen_key
@@ -251,7 +251,7 @@ def test_the_memory_of_a_recomputing_layer_s_backward(cp_group, monkeypatch):
     belongs to a slice or a block of the attention, and ends with it.
     """
     monkeypatch.setattr(modeling_llama, "LAYER_SLICE_SIZE", 64)
-    monkeypatch.setattr(native_attention, "MAX_BLOCK_SIZE", 256)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_SIZE", 256)
     layer = LlamaForCausalLM(SMALL, "full").model.layers[0]
     x = torch.randn(4096, SMALL.hidden_size, requires_grad=True)
     cos, sin = torch.randn(2, 4096, SMALL.head_dim // 2)
