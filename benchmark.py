@@ -149,7 +149,8 @@ def kernel_seconds(config, device_mesh, steps: range) -> float | None:
     """
     if torch_device_name() not in GPUS:
         return None
-    timed = functools.cache(functools.partial(mask_milliseconds, config))  # equal masks once
+    alone = device_mesh.get_group("alone")
+    timed = functools.cache(functools.partial(mask_milliseconds, config, alone))  # equal masks once
     attention_ms = statistics.median(
         sum(timed(tuple(cu_seqlens.tolist())) for _, _, cu_seqlens in micro_batches)
         for micro_batches in (main.prepare_data(device_mesh, step) for step in steps)
@@ -160,9 +161,9 @@ def kernel_seconds(config, device_mesh, steps: range) -> float | None:
     return attention_seconds + matmul_flops / MATMUL_FLOPS
 
 
-def mask_milliseconds(config, bounds: tuple[int, ...]) -> float:
+def mask_milliseconds(config, alone: dist.ProcessGroup, bounds: tuple[int, ...]) -> float:
     """Returns how long a layer's attention takes on one GPU, forward and backward, where documents
-    begin and end at `bounds`.
+    begin and end at `bounds`. alone: a group of this process.
     """
     api = context_parallel.load_api(main.parallel_config["context_parallel_backend"])
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -174,7 +175,7 @@ def mask_milliseconds(config, bounds: tuple[int, ...]) -> float:
         cu_seqlens,
         *heads,
         pad_size=0,
-        cp_group_or_mesh=alone(),
+        cp_group_or_mesh=alone,
         causal=config.is_causal,
         dist_attn_config=api.DistAttnConfig(dispatch_config=dispatch_config),
     )
@@ -209,12 +210,6 @@ def attention_milliseconds(
 
 def torch_device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-@functools.cache
-def alone() -> dist.ProcessGroup:
-    """Returns a group of this process. A collective."""
-    return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
 
 
 def table(results: list[dict]) -> str:

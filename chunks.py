@@ -44,6 +44,12 @@ def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
         chunks_per_rank *= 2
 
 
+def are_whole_documents(cu_seqlens: Tensor, chunk_size: int, cp_size: int) -> bool:
+    """Returns whether the sequence is one chunk per rank, each of them whole documents."""
+    borders = torch.arange(cp_size + 1) * chunk_size
+    return bool(borders[-1] == cu_seqlens[-1] and torch.isin(borders, cu_seqlens).all())
+
+
 def chunk_areas(cu_seqlens: Tensor, chunk_size: int, causal: bool, cp_size: int) -> list[int]:
     """Returns how many (query, key) pairs of the mask each chunk has, padding chunks none."""
     total_seqlen = int(cu_seqlens[-1])

@@ -112,9 +112,9 @@ def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> tuple[Tensor, obj
 class SavedAttention:
     """The attention of a layer that recomputes q, k and v: its kernel runs once all the same.
 
-    It keeps `out` and what else the backend saves for backward (the log-sum-exp; magi_attention at
-    cp > 1 its copy of k and v), but not q, k and v: their memory is given back, and filled again
-    for backward. That goes past autograd, which sees the same tensors as before.
+    It keeps `out` and what else the backend saves for backward (the log-sum-exp; magi_attention,
+    where documents are cut, its copy of k and v), but not q, k and v: their memory is given back,
+    and filled again for backward. That goes past autograd, which sees the same tensors as before.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, key: object) -> None:

@@ -60,12 +60,15 @@ def init_env() -> None:
 
 
 def build_mesh() -> DeviceMesh:
-    """Returns the mesh (dp, cp): cp ranks are neighbours, and so on one node where they fit."""
+    """Returns the mesh (dp, cp, alone): cp ranks are neighbours, and so on one node where they fit.
+
+    In the last dimension, of size 1, each rank has a group of its own.
+    """
     cp_size = parallel_config["context_parallel_size"]
     return init_device_mesh(
         "cuda" if torch.cuda.is_available() else "cpu",
-        (dist.get_world_size() // cp_size, cp_size),
-        mesh_dim_names=("dp", "cp"),
+        (dist.get_world_size() // cp_size, cp_size, 1),
+        mesh_dim_names=("dp", "cp", "alone"),
     )
 
 
@@ -202,11 +205,17 @@ def prepare_magi_attention(
     A collective over the cp group: every rank of it comes here in the same order.
     """
     api = context_parallel.load_api(parallel_config["context_parallel_backend"])
+    cp_mesh = device_mesh["cp"]
+    chunk_size = chunks.balanced_chunk_size(cu_seqlens, config.is_causal, cp_mesh.size())
+    if chunks.are_whole_documents(cu_seqlens, chunk_size, cp_mesh.size()):
+        # Nothing to tell each other: this rank goes on with its chunk as if there were no other.
+        start = cp_mesh.get_local_rank() * chunk_size
+        input_ids, labels = (x[start : start + chunk_size] for x in (input_ids, labels))
+        cu_seqlens = cu_seqlens[(start <= cu_seqlens) & (cu_seqlens <= start + chunk_size)] - start
+        cp_mesh = device_mesh["alone"]
     input_ids, labels = (x.to(device_mesh.device_type) for x in (input_ids, labels))
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     position_ids = (torch.arange(len(starts)) - starts).to(device_mesh.device_type)
-    cp_size = device_mesh["cp"].size()
-    chunk_size = chunks.balanced_chunk_size(cu_seqlens, config.is_causal, cp_size)
 
     # magi_attention deprecates this call; magi_attn_varlen_key (the same arguments without the
     # first) and dispatch replace it. It also wants pad_size=0, and the chunk size in the config.
@@ -218,7 +227,7 @@ def prepare_magi_attention(
         num_heads_kv=config.num_key_value_heads,
         head_dim=config.head_dim,
         pad_size=0,
-        cp_group_or_mesh=device_mesh.get_group("cp"),
+        cp_group_or_mesh=cp_mesh.get_group(),
         causal=config.is_causal,
         dist_attn_config=api.DistAttnConfig(
             dispatch_config=api.DispatchConfig(chunk_size=chunk_size)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import native_attention
-from chunks import balanced_chunk_size, balanced_partitions
+from chunks import are_whole_documents, balanced_chunk_size, balanced_partitions
 from native_attention import DispatchConfig, DistAttnConfig, magi_attn_varlen_key
 
 
@@ -46,6 +46,23 @@ def test_documents_that_balance_as_they_are_stay_whole_and_need_no_other_rank(
     key = key_of([128] * 16, 4, monkeypatch, cp_group)
     assert key.chunk_size == 512 and sorted(key.partitions) == [[0], [1], [2], [3]]
     assert not key.gathers and key.stream_blocks == []
+
+
+@pytest.mark.parametrize(
+    "lengths, chunk_size, cp_size, expected",
+    [
+        ([5], 5, 1, True),
+        ([2, 3, 5], 5, 2, True),
+        ([5, 2, 3], 5, 2, True),
+        ([4, 6], 5, 2, False),  # a document is cut
+        ([10], 5, 2, False),
+        ([2, 3, 4], 5, 2, False),  # the last rank has padding
+        ([2] * 8, 4, 2, False),  # two chunks per rank
+    ],
+)
+def test_chunks_are_whole_documents_if_none_is_cut(lengths, chunk_size, cp_size, expected):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    assert are_whole_documents(cu_seqlens, chunk_size, cp_size) is expected
 
 
 def test_ranks_have_equally_much_of_one_document_to_do_with_their_own_keys(monkeypatch, cp_group):

@@ -124,7 +124,7 @@ def test_the_library_s_kernels_are_as_exact_as_pytorch_s(processes, magi_gpus):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["documents", "one document"])
+@pytest.mark.parametrize("name", ["documents", "one document", "one for each rank"])
 @pytest.mark.parametrize("cp", [1, 2])
 def test_a_step_is_the_same_with_either_backend(cp, name, magi_gpus, tmp_path):
     """In bfloat16, beside `native` at cp 1, with each recomputation: loss within 2e-3, gradient
@@ -135,6 +135,10 @@ def test_a_step_is_the_same_with_either_backend(cp, name, magi_gpus, tmp_path):
     data = {
         "documents": [f"data_config.source={ROOT}/tests/*.py", "data_config.batch_size=2"],
         "one document": [f"data_config.source={tmp_path}/long.txt", "data_config.batch_size=1"],
+        "one for each rank": [
+            f"data_config.source={tmp_path}/long.txt",
+            f"data_config.batch_size={cp}",
+        ],
     }
     shared = [
         "model_config.preset=tiny",

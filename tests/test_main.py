@@ -111,40 +111,37 @@ def results(folder, held_out, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folder, held_out, results):
     """{variant: loss, gradients, ...} of the dense reference, in float64."""
-    rows = open_data(folder).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
-    tokens = torch.from_numpy(rows.tokens).flatten()
     found = {}
     for variant in VARIANTS:
-        tied, is_causal, ignored_from_row = variant
-        labels = torch.from_numpy(rows.labels).clone()
-        if ignored_from_row is not None:
-            labels[ignored_from_row:] = IGNORED_LABEL
-        documents = list(
-            zip(
-                tokens.split(rows.document_lengths),
-                labels.flatten().split(rows.document_lengths),
-                strict=True,
-            )
-        )
-        weights = {
-            name: weight.double().requires_grad_()
-            for name, weight in results[(1, 1, 1, *variant)]["weights"].items()
-        }
-        config = LlamaConfig.from_preset("tiny", shape(tied, is_causal))
-        loss = reference.mean_loss(weights, documents, config)
-        loss.backward()
-        gradients = {name: weight.grad for name, weight in weights.items()}
-        with torch.no_grad():
-            eval_loss = reference.mean_loss(weights, evaluated_documents(held_out), config)
-        found[variant] = {
-            "loss": loss.item(),
-            "eval_loss": eval_loss.item(),
-            "gradients": gradients,
-            "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),
-            "num_labels": (labels != IGNORED_LABEL).sum().item(),
-            "area": sum(len(doc) ** 2 / (2 if is_causal else 1) for doc, _ in documents),
-        }
+        weights = results[(1, 1, 1, *variant)]["weights"]
+        found[variant] = dense_reference(folder, weights, *variant)
+        config = LlamaConfig.from_preset("tiny", shape(*variant[:2]))
+        weights = {name: weight.double() for name, weight in weights.items()}
+        eval_loss = reference.mean_loss(weights, evaluated_documents(held_out), config)
+        found[variant]["eval_loss"] = eval_loss.item()
     return found
+
+
+def dense_reference(folder, weights, tied, is_causal, ignored_from_row) -> dict:
+    """Loss, gradients and what else of the second batch, in float64, one document at a time."""
+    rows = open_data(folder).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
+    tokens, labels = torch.from_numpy(rows.tokens).flatten(), torch.from_numpy(rows.labels).clone()
+    if ignored_from_row is not None:
+        labels[ignored_from_row:] = IGNORED_LABEL
+    lengths = rows.document_lengths
+    documents = list(zip(tokens.split(lengths), labels.flatten().split(lengths), strict=True))
+    weights = {name: weight.double().requires_grad_() for name, weight in weights.items()}
+    config = LlamaConfig.from_preset("tiny", shape(tied, is_causal))
+    loss = reference.mean_loss(weights, documents, config)
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in weights.items()}
+    return {
+        "loss": loss.item(),
+        "gradients": gradients,
+        "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),
+        "num_labels": (labels != IGNORED_LABEL).sum().item(),
+        "area": sum(len(doc) ** 2 / (2 if is_causal else 1) for doc, _ in documents),
+    }
 
 
 def evaluated_documents(held_out):
@@ -193,6 +190,31 @@ def test_recomputation_and_compilation_change_no_gradient(
     assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
     for name, gradient in result["gradients"].items():
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
+
+
+def test_ranks_that_have_whole_documents_work_alone_and_give_the_same_gradients(tmp_path):
+    """Rows of one piece of a document each: dp 2 x cp 2 and cp 4 have one for every rank."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "long.txt").write_text("a document that is longer than a batch " * 50)
+    variants = {2: (True, True, 3), 4: (False, False, None)}
+    cases = [
+        {
+            "overrides": overrides(folder, cp, accumulation=1, tied=tied, is_causal=is_causal),
+            "ignored_from_row": ignored_from_row,
+        }
+        for cp, (tied, is_causal, ignored_from_row) in variants.items()
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    torchrun(4, ROOT / "tests/gradients_worker.py", tmp_path / "cases.json", tmp_path / "out.pt")
+    results = torch.load(tmp_path / "out.pt")
+    for result, variant in zip(results, variants.values(), strict=True):
+        assert result["ranks_of_a_key"] == [1]
+        truth = dense_reference(folder, result["weights"], *variant)
+        for figure in ("num_labels", "area", "loss", "grad_norm"):
+            assert result[figure] == pytest.approx(truth[figure], rel=1e-5), figure
+        for name, gradient in result["gradients"].items():
+            assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
 
 
 def test_a_run_may_have_many_shapes(config, monkeypatch):

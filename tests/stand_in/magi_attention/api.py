@@ -49,6 +49,7 @@ class DistAttnRuntimeKey:
     num_heads_kv: int
     head_dim: int
     pad_size: int
+    cp_group: dist.ProcessGroup
     dist_attn_config: DistAttnConfig
     native_key: native.DistAttnRuntimeKey
 
@@ -90,7 +91,13 @@ def magi_attn_varlen_key(
         native.DistAttnConfig(native.DispatchConfig(dist_attn_config.dispatch_config.chunk_size)),
     )
     return DistAttnRuntimeKey(
-        num_heads_q, num_heads_kv, head_dim, native_key.pad_size, dist_attn_config, native_key
+        num_heads_q,
+        num_heads_kv,
+        head_dim,
+        native_key.pad_size,
+        native_key.cp_group,
+        dist_attn_config,
+        native_key,
     )
 
 
