@@ -44,10 +44,11 @@ def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
         chunks_per_rank *= 2
 
 
-def are_whole_documents(cu_seqlens: Tensor, chunk_size: int, cp_size: int) -> bool:
-    """Returns whether the sequence is one chunk per rank, each of them whole documents."""
+def each_rank_has_whole_documents(cu_seqlens: Tensor, chunk_size: int, cp_size: int) -> bool:
+    """Returns whether there is one chunk per rank, without padding, and none cuts a document."""
     borders = torch.arange(cp_size + 1) * chunk_size
-    return bool(borders[-1] == cu_seqlens[-1] and torch.isin(borders, cu_seqlens).all())
+    one_per_rank = borders[-1] == cu_seqlens[-1]
+    return bool(one_per_rank and torch.isin(borders, cu_seqlens).all())
 
 
 def chunk_areas(cu_seqlens: Tensor, chunk_size: int, causal: bool, cp_size: int) -> list[int]:

@@ -113,7 +113,7 @@ class SavedAttention:
     """The attention of a layer that recomputes q, k and v: its kernel runs once all the same.
 
     It keeps `out` and what else the backend saves for backward (the log-sum-exp; magi_attention,
-    where documents are cut, its copy of k and v), but not q, k and v: their memory is given back,
+    but in a group of one, its copy of k and v), but not q, k and v: their memory is given back,
     and filled again for backward. That goes past autograd, which sees the same tensors as before.
     """
 

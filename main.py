@@ -202,17 +202,19 @@ def prepare_magi_attention(
     Returns this rank's (input_ids [s], labels [s], position_ids [s], runtime key), on its device.
     Padding is token 0 with label -100; position_ids count from the start of each document.
 
-    A collective over the cp group: every rank of it comes here in the same order.
+    A collective over the cp group: every rank of it comes here in the same order. Where each has
+    whole documents there is nothing to exchange: the key is then of this rank and its part alone.
     """
     api = context_parallel.load_api(parallel_config["context_parallel_backend"])
-    cp_mesh = device_mesh["cp"]
-    chunk_size = chunks.balanced_chunk_size(cu_seqlens, config.is_causal, cp_mesh.size())
-    if chunks.are_whole_documents(cu_seqlens, chunk_size, cp_mesh.size()):
-        # Nothing to tell each other: this rank goes on with its chunk as if there were no other.
-        start = cp_mesh.get_local_rank() * chunk_size
-        input_ids, labels = (x[start : start + chunk_size] for x in (input_ids, labels))
-        cu_seqlens = cu_seqlens[(start <= cu_seqlens) & (cu_seqlens <= start + chunk_size)] - start
-        cp_mesh = device_mesh["alone"]
+    group = device_mesh.get_group("cp")
+    cp_size = dist.get_world_size(group)
+    chunk_size = chunks.balanced_chunk_size(cu_seqlens, config.is_causal, cp_size)
+    if chunks.each_rank_has_whole_documents(cu_seqlens, chunk_size, cp_size):
+        first = dist.get_rank(group) * chunk_size
+        end = first + chunk_size
+        input_ids, labels = input_ids[first:end], labels[first:end]
+        cu_seqlens = cu_seqlens[(first <= cu_seqlens) & (cu_seqlens <= end)] - first
+        group = device_mesh.get_group("alone")
     input_ids, labels = (x.to(device_mesh.device_type) for x in (input_ids, labels))
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     position_ids = (torch.arange(len(starts)) - starts).to(device_mesh.device_type)
@@ -227,7 +229,7 @@ def prepare_magi_attention(
         num_heads_kv=config.num_key_value_heads,
         head_dim=config.head_dim,
         pad_size=0,
-        cp_group_or_mesh=cp_mesh.get_group(),
+        cp_group_or_mesh=group,
         causal=config.is_causal,
         dist_attn_config=api.DistAttnConfig(
             dispatch_config=api.DispatchConfig(chunk_size=chunk_size)

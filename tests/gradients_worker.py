@@ -43,8 +43,13 @@ class WholeParameters(TorchDispatchMode):
         return out
 
 
-def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
-    """Returns the losses, gradient norm, label count, and weights and gradients as full tensors."""
+def gradients(
+    overrides: list[str], ignored_from_row: int | None, lengths: list[list[int]] | None = None
+) -> dict:
+    """Returns the losses, gradient norm, label count, and weights and gradients as full tensors.
+
+    lengths: of the documents, for each micro-batch of a dp rank, instead of those that it has.
+    """
     llama_pretrain_config.resolve(overrides, dist.get_world_size())
     if main.parallel_config["context_parallel_backend"] == "auto":
         main.parallel_config["context_parallel_backend"] = "native"
@@ -57,7 +62,7 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
         main.parallelize_model(model, mesh)
     prepare_data = main.prepare_data
 
-    def with_ignored_rows(mesh, train_iter, split):
+    def changed_data(mesh, train_iter, split):
         micro_batches = prepare_data(mesh, train_iter, split)
         row = mesh["dp"].get_local_rank() * main.data_config["batch_size"] // mesh["dp"].size()
         for _, labels, _ in micro_batches:
@@ -65,10 +70,13 @@ def gradients(overrides: list[str], ignored_from_row: int | None) -> dict:
                 if ignored_from_row is not None and row >= ignored_from_row:
                     row_labels[:] = IGNORED_LABEL
                 row += 1
+        if lengths is not None:
+            bounds = [torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in lengths]
+            micro_batches = [(*m[:2], b) for m, b in zip(micro_batches, bounds, strict=True)]
         return micro_batches
 
     stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-    main.prepare_data = with_ignored_rows
+    main.prepare_data = changed_data
     step = main.prepare_step(mesh, model.config, 1, stream=stream)
     main.prepare_data = prepare_data
     loss_sum = main.forward_backward(model, step, mesh)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import native_attention
-from chunks import are_whole_documents, balanced_chunk_size, balanced_partitions
+from chunks import balanced_chunk_size, balanced_partitions, each_rank_has_whole_documents
 from native_attention import DispatchConfig, DistAttnConfig, magi_attn_varlen_key
 
 
@@ -60,9 +60,11 @@ def test_documents_that_balance_as_they_are_stay_whole_and_need_no_other_rank(
         ([2] * 8, 4, 2, False),  # two chunks per rank
     ],
 )
-def test_chunks_are_whole_documents_if_none_is_cut(lengths, chunk_size, cp_size, expected):
+def test_chunks_each_rank_has_whole_documents_if_none_is_cut(
+    lengths, chunk_size, cp_size, expected
+):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    assert are_whole_documents(cu_seqlens, chunk_size, cp_size) is expected
+    assert each_rank_has_whole_documents(cu_seqlens, chunk_size, cp_size) is expected
 
 
 def test_ranks_have_equally_much_of_one_document_to_do_with_their_own_keys(monkeypatch, cp_group):

@@ -122,13 +122,17 @@ def expected(folder, held_out, results):
     return found
 
 
-def dense_reference(folder, weights, tied, is_causal, ignored_from_row) -> dict:
-    """Loss, gradients and what else of the second batch, in float64, one document at a time."""
-    rows = open_data(folder).rows(BATCH_SIZE, BATCH_SIZE, SEQLEN)
+def dense_reference(
+    folder, weights, tied, is_causal, ignored_from_row, batch_size=BATCH_SIZE, lengths=None
+) -> dict:
+    """Loss, gradients and what else of the second batch, in float64, one document at a time.
+    lengths: of the documents, instead of those that the batch has.
+    """
+    rows = open_data(folder).rows(batch_size, batch_size, SEQLEN)
     tokens, labels = torch.from_numpy(rows.tokens).flatten(), torch.from_numpy(rows.labels).clone()
     if ignored_from_row is not None:
         labels[ignored_from_row:] = IGNORED_LABEL
-    lengths = rows.document_lengths
+    lengths = lengths or rows.document_lengths
     documents = list(zip(tokens.split(lengths), labels.flatten().split(lengths), strict=True))
     weights = {name: weight.double().requires_grad_() for name, weight in weights.items()}
     config = LlamaConfig.from_preset("tiny", shape(tied, is_causal))
@@ -192,25 +196,34 @@ def test_recomputation_and_compilation_change_no_gradient(
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
 
 
-def test_ranks_that_have_whole_documents_work_alone_and_give_the_same_gradients(tmp_path):
-    """Rows of one piece of a document each: dp 2 x cp 2 and cp 4 have one for every rank."""
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    (folder / "long.txt").write_text("a document that is longer than a batch " * 50)
-    variants = {2: (True, True, 3), 4: (False, False, None)}
+def test_ranks_that_have_whole_documents_work_alone_and_give_the_same_gradients(folder, tmp_path):
+    """Other documents on each rank: in the first of two micro-batches on 2 x 2 ranks, and at cp 4.
+
+    A rank with documents of 30 and 71 tokens has as much to do as one with 71 and 30.
+    """
+    whole, cut = [30, 71, 71, 30], [202]
     cases = [
         {
-            "overrides": overrides(folder, cp, accumulation=1, tied=tied, is_causal=is_causal),
-            "ignored_from_row": ignored_from_row,
-        }
-        for cp, (tied, is_causal, ignored_from_row) in variants.items()
+            "overrides": [*overrides(folder, 2, 2), "data_config.batch_size=8"],
+            "ignored_from_row": 5,
+            "lengths": [whole, cut],
+        },
+        {
+            "overrides": overrides(folder, 4, 1, tied=False, is_causal=False),
+            "ignored_from_row": None,
+            "lengths": [whole + whole],
+        },
+    ]
+    truths = [  # (tied, is_causal, ignored_from_row), batch size, lengths of all ranks
+        ((True, True, 5), 8, [*whole, *cut] * 2),
+        ((False, False, None), 4, whole + whole),
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     torchrun(4, ROOT / "tests/gradients_worker.py", tmp_path / "cases.json", tmp_path / "out.pt")
     results = torch.load(tmp_path / "out.pt")
-    for result, variant in zip(results, variants.values(), strict=True):
-        assert result["ranks_of_a_key"] == [1]
-        truth = dense_reference(folder, result["weights"], *variant)
+    assert [result["ranks_of_a_key"] for result in results] == [[1, 2], [1]]
+    for result, (variant, batch_size, lengths) in zip(results, truths, strict=True):
+        truth = dense_reference(folder, result["weights"], *variant, batch_size, lengths)
         for figure in ("num_labels", "area", "loss", "grad_norm"):
             assert result[figure] == pytest.approx(truth[figure], rel=1e-5), figure
         for name, gradient in result["gradients"].items():
