@@ -59,8 +59,8 @@ CASES = {
 # Global tokens/s of others on two GPUs at cp 2, the same shapes, torch 2.11, compiled; torchtitan's
 # attention is FlexAttention where there are documents. On H200s torchtitan of May 2026 and the
 # torch_native example of MagiAttention 1.1, all on one machine in one series; on H100s torchtitan
-# a2a0d99 (2026-05-14), each figure in the same call as one of ours in results.jsonl: of `native`,
-# of `magi_attention` where the documents are unequal.
+# a2a0d99 (2026-05-14), in one series with the lines of 211ea55 in results.jsonl, but 8k with those
+# of 4ed4a8b and 128k-stdlib-full with those of 4f0f0b3.
 TORCHTITAN = {
     "H200": {
         "8k": 80_293,
@@ -73,11 +73,11 @@ TORCHTITAN = {
     },
     "H100": {
         "8k": 72_469,
-        "32k": 55_783,
-        "128k-full": 18_657,
-        "128k-documents-full": 78_149,
-        "64k-documents": 102_369,
-        "64k-stdlib": 40_960,
+        "32k": 56_028,
+        "128k-full": 18_739,
+        "128k-documents-full": 79_197,
+        "64k-documents": 103_380,
+        "64k-stdlib": 40_837,
         "128k-stdlib-full": 33_839,
     },
 }
