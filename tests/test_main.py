@@ -28,6 +28,12 @@ VARIANTS = [
     (False, True, 2),
     (True, False, None),
 ]
+# {(dp, cp): variant, batch size, lengths of the documents in each micro-batch of a dp rank}: a rank
+# with documents of 30 and 71 tokens has as much to do as one with 71 and 30.
+WHOLE = {
+    (2, 2): ((True, True, 5), 8, [[30, 71, 71, 30], [202]]),
+    (1, 4): ((False, False, None), 4, [[30, 71, 71, 30, 30, 71, 71, 30]]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +84,7 @@ def overrides(folder, cp, accumulation, **shape_fields):
 
 @pytest.fixture(scope="module")
 def results(folder, held_out, tmp_path_factory):
-    """{(dp, cp, accumulation, *variant): what the worker found}"""
+    """{(dp, cp, accumulation or "whole", *variant): what the worker found}"""
     path = tmp_path_factory.mktemp("results")
     found = {}
     for world_size in (1, 2, 4):
@@ -100,6 +106,15 @@ def results(folder, held_out, tmp_path_factory):
             }
             for _, cp, accumulation, tied, is_causal, ignored_from_row in keys
         ]
+        if world_size == 4:
+            for (dp, cp), (variant, batch_size, lengths) in WHOLE.items():
+                tied, is_causal, ignored_from_row = variant
+                settings = overrides(folder, cp, len(lengths), tied=tied, is_causal=is_causal)
+                case = [*settings, f"data_config.batch_size={batch_size}"]
+                keys.append((dp, cp, "whole", *variant))
+                cases.append(
+                    {"overrides": case, "ignored_from_row": ignored_from_row, "lengths": lengths}
+                )
         (path / "cases.json").write_text(json.dumps(cases))
         torchrun(
             world_size, ROOT / "tests/gradients_worker.py", path / "cases.json", path / "out.pt"
@@ -196,38 +211,20 @@ def test_recomputation_and_compilation_change_no_gradient(
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
 
 
-def test_ranks_that_have_whole_documents_work_alone_and_give_the_same_gradients(folder, tmp_path):
-    """Other documents on each rank: in the first of two micro-batches on 2 x 2 ranks, and at cp 4.
-
-    A rank with documents of 30 and 71 tokens has as much to do as one with 71 and 30.
-    """
-    whole, cut = [30, 71, 71, 30], [202]
-    cases = [
-        {
-            "overrides": [*overrides(folder, 2, 2), "data_config.batch_size=8"],
-            "ignored_from_row": 5,
-            "lengths": [whole, cut],
-        },
-        {
-            "overrides": overrides(folder, 4, 1, tied=False, is_causal=False),
-            "ignored_from_row": None,
-            "lengths": [whole + whole],
-        },
-    ]
-    truths = [  # (tied, is_causal, ignored_from_row), batch size, lengths of all ranks
-        ((True, True, 5), 8, [*whole, *cut] * 2),
-        ((False, False, None), 4, whole + whole),
-    ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    torchrun(4, ROOT / "tests/gradients_worker.py", tmp_path / "cases.json", tmp_path / "out.pt")
-    results = torch.load(tmp_path / "out.pt")
-    assert [result["ranks_of_a_key"] for result in results] == [[1, 2], [1]]
-    for result, (variant, batch_size, lengths) in zip(results, truths, strict=True):
-        truth = dense_reference(folder, result["weights"], *variant, batch_size, lengths)
-        for figure in ("num_labels", "area", "loss", "grad_norm"):
-            assert result[figure] == pytest.approx(truth[figure], rel=1e-5), figure
-        for name, gradient in result["gradients"].items():
-            assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
+@pytest.mark.parametrize("dp, cp", WHOLE)
+def test_ranks_that_have_whole_documents_work_alone_and_give_the_same_gradients(
+    dp, cp, results, folder
+):
+    """Other documents on each; in one case it is the first of two micro-batches, and one is cut."""
+    variant, batch_size, lengths = WHOLE[dp, cp]
+    result = results[(dp, cp, "whole", *variant)]
+    assert result["ranks_of_a_key"] == [1, 2][: len(lengths)]
+    every_length = sum(lengths, []) * dp
+    truth = dense_reference(folder, result["weights"], *variant, batch_size, every_length)
+    for figure in ("num_labels", "area", "loss", "grad_norm"):
+        assert result[figure] == pytest.approx(truth[figure], rel=1e-5), figure
+    for name, gradient in result["gradients"].items():
+        assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
 
 
 def test_a_run_may_have_many_shapes(config, monkeypatch):
