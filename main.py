@@ -207,13 +207,12 @@ def prepare_magi_attention(
     """
     api = context_parallel.load_api(parallel_config["context_parallel_backend"])
     group = device_mesh.get_group("cp")
-    cp_size = dist.get_world_size(group)
+    cp_size, cp_rank = dist.get_world_size(group), dist.get_rank(group)
     chunk_size = chunks.balanced_chunk_size(cu_seqlens, config.is_causal, cp_size)
-    if chunks.each_rank_has_whole_documents(cu_seqlens, chunk_size, cp_size):
-        first = dist.get_rank(group) * chunk_size
-        end = first + chunk_size
-        input_ids, labels = input_ids[first:end], labels[first:end]
-        cu_seqlens = cu_seqlens[(first <= cu_seqlens) & (cu_seqlens <= end)] - first
+    own = chunks.own_documents(cu_seqlens, chunk_size, cp_size, cp_rank)
+    if own is not None:
+        part, cu_seqlens = own
+        input_ids, labels = input_ids[part], labels[part]
         group = device_mesh.get_group("alone")
     input_ids, labels = (x.to(device_mesh.device_type) for x in (input_ids, labels))
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import native_attention
-from chunks import balanced_chunk_size, balanced_partitions, each_rank_has_whole_documents
+from chunks import balanced_chunk_size, balanced_partitions, own_documents
 from native_attention import DispatchConfig, DistAttnConfig, magi_attn_varlen_key
 
 
@@ -51,20 +51,27 @@ def test_documents_that_balance_as_they_are_stay_whole_and_need_no_other_rank(
 @pytest.mark.parametrize(
     "lengths, chunk_size, cp_size, expected",
     [
-        ([5], 5, 1, True),
-        ([2, 3, 5], 5, 2, True),
-        ([5, 2, 3], 5, 2, True),
-        ([4, 6], 5, 2, False),  # a document is cut
-        ([10], 5, 2, False),
-        ([2, 3, 4], 5, 2, False),  # the last rank has padding
-        ([2] * 8, 4, 2, False),  # two chunks per rank
+        ([5], 5, 1, [[0, 5]]),
+        ([2, 3, 5], 5, 2, [[0, 2, 5], [0, 5]]),
+        ([5, 2, 3], 5, 2, [[0, 5], [0, 2, 5]]),
+        ([4, 6], 5, 2, None),  # a document is cut
+        ([10], 5, 2, None),
+        ([2, 3, 4], 5, 2, None),  # the last rank has padding
+        ([2] * 8, 4, 2, None),  # two chunks per rank
     ],
 )
-def test_chunks_each_rank_has_whole_documents_if_none_is_cut(
+def test_ranks_have_documents_of_their_own_if_no_chunk_cuts_one(
     lengths, chunk_size, cp_size, expected
 ):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    assert each_rank_has_whole_documents(cu_seqlens, chunk_size, cp_size) is expected
+    for rank in range(cp_size):
+        found = own_documents(cu_seqlens, chunk_size, cp_size, rank)
+        if expected is None:
+            assert found is None
+            continue
+        part, own = found
+        assert part == slice(rank * chunk_size, (rank + 1) * chunk_size)
+        assert own.tolist() == expected[rank] and own.dtype == torch.int32
 
 
 def test_ranks_have_equally_much_of_one_document_to_do_with_their_own_keys(monkeypatch, cp_group):
