@@ -29,7 +29,6 @@ from torch.optim.lr_scheduler import LambdaLR
 import checkpoint
 import chunks
 import context_parallel
-import llama_pretrain_config
 import metrics
 import weights
 from configuration_llama import LlamaConfig
@@ -434,9 +433,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv or "-h" in sys.argv:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(llama_pretrain_config.describe())
-    else:
-        main(sys.argv[1:])
-        leave()
+    main(sys.argv[1:])
+    leave()

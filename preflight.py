@@ -54,11 +54,15 @@ def set_up(arguments: list[str]) -> None:
     """Resolves the config, chooses the backend, opens the data, and logs what will run.
 
     All that can be wrong with what a person asked for comes to light here, as a ValueError of one
-    sentence, before any process group exists.
+    sentence, before any process group exists. `--help` is answered here, and ends the process.
     """
     if "LOCAL_RANK" not in os.environ:
         # No torchrun: RANK and WORLD_SIZE, if they are set, are a scheduler's and count nodes.
         os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
+    if "--help" in arguments or "-h" in arguments:
+        if os.environ["LOCAL_RANK"] == "0":
+            print(llama_pretrain_config.describe())
+        sys.exit()
     world_size = int(os.environ["WORLD_SIZE"])
     notes = llama_pretrain_config.resolve(arguments, world_size)
     on_gpu = torch.cuda.is_available()
