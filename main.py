@@ -27,17 +27,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 import checkpoint
-import chunks
 import context_parallel
 import metrics
 import weights
 from configuration_llama import LlamaConfig
+from context_parallel.chunks import balanced_chunk_size
 from data import IGNORED_LABEL
-from gradient_exchange import exchange_gradients
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 from preflight import build_llama_config, open_token_source, run_config, set_up
-from process import exit_with, is_one_node, leave, log, meet
+from process import exit_with, leave, log, meet
 
 LAYERS_PER_GROUP = 4  # gathered together: fewer and larger messages, for a little memory
 
@@ -59,15 +58,12 @@ def init_env() -> None:
 
 
 def build_mesh() -> DeviceMesh:
-    """Returns the mesh (dp, cp, alone): cp ranks are neighbours, and so on one node where they fit.
-
-    In the last dimension, of size 1, each rank has a group of its own.
-    """
+    """Returns the mesh (dp, cp): cp ranks are neighbours, and so on one node where they fit."""
     cp_size = parallel_config["context_parallel_size"]
     return init_device_mesh(
         "cuda" if torch.cuda.is_available() else "cpu",
-        (dist.get_world_size() // cp_size, cp_size, 1),
-        mesh_dim_names=("dp", "cp", "alone"),
+        (dist.get_world_size() // cp_size, cp_size),
+        mesh_dim_names=("dp", "cp"),
     )
 
 
@@ -93,8 +89,7 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     Recomputation says that memory is short: layers are then gathered once more for backward.
     Without it they stay whole from forward to backward.
 
-    The weights are float32 and gradients are added in float32, whatever the compute type; within a
-    node by `exchange_gradients`, which sends less than FSDP's reduce-scatter.
+    The weights are float32 and gradients are added in float32, whatever the compute type.
     cast_forward_inputs=False: FSDP's cast would try to copy the runtime key, which cannot be.
     """
     policy = MixedPrecisionPolicy(
@@ -111,8 +106,6 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         head = [model.model.norm, model.lm_head]  # used last, so kept for backward
         fully_shard(head, mesh=dp_cp, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dp_cp, mp_policy=policy)
-    if is_one_node():
-        exchange_gradients(model, policy.param_dtype, train_config["compile"])
 
 
 def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> LlamaForCausalLM:
@@ -201,26 +194,13 @@ def prepare_magi_attention(
     Returns this rank's (input_ids [s], labels [s], position_ids [s], runtime key), on its device.
     Padding is token 0 with label -100; position_ids count from the start of each document.
 
-    A collective over the cp group: every rank of it comes here in the same order. Where each has
-    whole documents there is nothing to exchange: the key is then of this rank and its part alone.
+    A collective over the cp group: every rank of it calls this in the same order.
     """
     api = context_parallel.load_api(parallel_config["context_parallel_backend"])
     group = device_mesh.get_group("cp")
-    cp_size, cp_rank = dist.get_world_size(group), dist.get_rank(group)
-    chunk_size = chunks.balanced_chunk_size(cu_seqlens, config.is_causal, cp_size)
-    own = chunks.own_documents(cu_seqlens, chunk_size, cp_size, cp_rank)
-    if own is not None:
-        part, cu_seqlens = own
-        input_ids, labels = input_ids[part], labels[part]
-        group = device_mesh.get_group("alone")
-    input_ids, labels = (x.to(device_mesh.device_type) for x in (input_ids, labels))
-    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    position_ids = (torch.arange(len(starts)) - starts).to(device_mesh.device_type)
-
-    # magi_attention deprecates this call; magi_attn_varlen_key (the same arguments without the
-    # first) and dispatch replace it. It also wants pad_size=0, and the chunk size in the config.
-    input_ids, key = api.magi_attn_varlen_dispatch(
-        input_ids,
+    chunk_size = balanced_chunk_size(cu_seqlens, config.is_causal, dist.get_world_size(group))
+    # magi_attention wants pad_size=0, and the chunk size in the config: it deprecates others.
+    key = api.magi_attn_varlen_key(
         cu_seqlens,
         cu_seqlens,
         num_heads_q=config.num_attention_heads,
@@ -233,8 +213,13 @@ def prepare_magi_attention(
             dispatch_config=api.DispatchConfig(chunk_size=chunk_size)
         ),
     )
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    position_ids = torch.arange(len(starts)) - starts
+    input_ids, labels, position_ids = (
+        x.to(device_mesh.device_type) for x in (input_ids, labels, position_ids)
+    )
+    input_ids, position_ids = api.dispatch(input_ids, key), api.dispatch(position_ids, key)
     labels = api.dispatch(labels, key, pad_value=IGNORED_LABEL)
-    position_ids = api.dispatch(position_ids, key)
     return input_ids, labels, position_ids, key
 
 

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from configuration_llama import LlamaConfig
-from context_parallel import SavedAttention, calc_attn
+from context_parallel import calc_attn
+from context_parallel.native import not_saved
 
 LOSS_SLICE_SIZE = 8192  # tokens whose logits exist at a time
 LAYER_SLICE_SIZE = 16_384  # tokens that a layer recomputes, around its attention, at a time
@@ -147,8 +148,8 @@ class _Recompute(torch.autograd.Function):
     """A decoder layer that keeps its input alone and computes the rest again in backward, but the
     last product, whose value no gradient needs.
 
-    "selective" also keeps what the attention needs for its backward but q, k and v
-    (`SavedAttention`), and so never runs its kernel a second time. The half behind the attention,
+    "selective" also keeps what the attention needs for its backward except q, k and v
+    (`_Attention`), and so never runs its kernel a second time. The half behind the attention,
     and in backward the half before it, go slice by slice: the MLP's activations, 12 times as large
     as the input, exist for LAYER_SLICE_SIZE tokens.
 
@@ -164,7 +165,7 @@ class _Recompute(torch.autograd.Function):
         ctx.runtime_key, ctx.layer, ctx.attention = runtime_key, layer, None
         q, k, v = layer.before_attention(x, cos, sin)
         if layer.activation_checkpointing == "selective" and ctx.needs_input_grad[0]:
-            ctx.attention = SavedAttention(q, k, v, runtime_key)
+            ctx.attention = _Attention(q, k, v, runtime_key)
             out = ctx.attention.out.detach()
         else:
             out, _ = calc_attn(q, k, v, runtime_key)
@@ -187,20 +188,56 @@ class _Recompute(torch.autograd.Function):
             x_parts.append(x_part)
             qkv_parts.append(part)
             edges.append([torch.autograd.graph.get_gradient_edge(tensor) for tensor in part])
-        qkv = [torch.cat(parts).requires_grad_() for parts in zip(*qkv_parts, strict=True)]
+        qkv = [torch.cat(parts) for parts in zip(*qkv_parts, strict=True)]
         del qkv_parts, part
-        if attention:
-            qkv, out = attention.restore(*qkv), attention.out
-        else:
-            with torch.enable_grad():
-                out, _ = calc_attn(*qkv, ctx.runtime_key)
-        grad_x, grad_out = _backward_after_attention(layer, grad, x, out.detach())
-        gradients = torch.autograd.grad(out, qkv, grad_out)
+        attention = attention or _Attention(*qkv, ctx.runtime_key)
+        grad_x, grad_out = _backward_after_attention(layer, grad, x, attention.out.detach())
+        gradients = attention.gradients(qkv, grad_out)
         slices = zip(x_parts, edges, _slices(grad_x, *gradients), strict=True)
         for x_part, edges_part, (grad_x_part, *gradients_part) in slices:
             x_part.grad = grad_x_part  # to which autograd adds, in place
             torch.autograd.backward(edges_part, gradients_part)
         return grad_x, None, None, None, None
+
+
+class _Attention:
+    """An attention that keeps its output and its log-sum-exp for backward, and not q, k and v.
+
+    What autograd saves of q, k and v (magi_attention in a cp group: a copy of k and v, which stays)
+    is taken out of its hands, and given to it again in `gradients`.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, runtime_key: object) -> None:
+        self.qkv = again = []  # for backward; not `self` below, which would be a reference cycle
+        qkv = [_in_storage_of_its_own(x) for x in (q, k, v)]
+        with torch.enable_grad():
+            qkv = _Inputs.apply(torch.empty(0, requires_grad=True), *qkv)
+            self.edges = [torch.autograd.graph.get_gradient_edge(x) for x in qkv]
+            with not_saved(qkv, lambda: again):
+                self.out, _ = calc_attn(*qkv, runtime_key)
+
+    def gradients(self, qkv: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gradients of q, k and v. qkv: their values, once more."""
+        self.qkv += map(_in_storage_of_its_own, qkv)
+        return torch.autograd.grad(self.out, self.edges, grad_out)
+
+
+class _Inputs(torch.autograd.Function):
+    """The beginning of a graph that does not hold its tensors, as leaves would be held."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, *tensors: Tensor):
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        return None, *gradients
+
+
+def _in_storage_of_its_own(x: Tensor) -> Tensor:
+    """Returns x, contiguous, copied where its storage holds more than it."""
+    x = x.detach().contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 def _backward_after_attention(

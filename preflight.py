@@ -72,7 +72,7 @@ def set_up(arguments: list[str]) -> None:
     if train_config["compile"]:
         check_compiler(on_gpu)
     config = build_llama_config()
-    backend, reason = context_parallel.select_backend(
+    backend, reasons = context_parallel.select_backend(
         parallel_config["context_parallel_backend"],
         config.head_dim,
         train_config["dtype"],
@@ -93,7 +93,8 @@ def set_up(arguments: list[str]) -> None:
     log(f"machine: {', '.join(f'{k} {v}' for k, v in metrics.describe_machine().items())}")
     cp_size = parallel_config["context_parallel_size"]
     log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
-    log(f"attention: {backend} ({reason})")
+    for reason in reasons:
+        log(f"attention: {reason}")
     if train_config["compile"] or backend == "magi_attention":
         log("kernels: compiled in the first step, which takes minutes where none are cached yet")
     for name, source in sources.items():

@@ -91,7 +91,7 @@ def gradients(
         "eval_loss": eval_loss,
         "num_labels": step.num_labels,
         "area": step.area,
-        "ranks_of_a_key": [key.cp_group.size() for *_, key in step.micro_batches],
+        "gathers": [getattr(key, "gathers", None) for *_, key in step.micro_batches],
         "whole_parameters": whole.most,
         "local_parameters": sum(p.to_local().numel() for p in model.parameters()),
         "weights": {n: p.detach().full_tensor() for n, p in model.named_parameters()},

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, torchrun
+from conftest import ROOT, open_data, torchrun
 
 import benchmark
 import llama_pretrain_config
@@ -28,51 +28,73 @@ def test_a_case_of_one_s_own_is_measured_on_a_cpu(tmp_path):
     assert result["tokens_per_s"] * result["step_ms"] / 1e3 == pytest.approx(256)
     assert (result["case"], result["backend"], result["world_size"]) == ("custom", "native", 2)
     assert result["config"]["data_config"]["random_document_length"] == 40
-    assert result["machine"]["torch"]
-    benchmark.draw([result], str(tmp_path / "plot.png"))
+    assert result["machine"]["torch"] and result["series"]
+
+
+def result(case: str, backend: str, speed: float, series="2", device="2 x H100", **fields) -> dict:
+    measured = {"case": case, "backend": backend, "tokens_per_s": speed, "peak_memory_gib": 20.0}
+    measured["tokens_per_s_range"] = [speed - 1000, speed + 1000]
+    return {"series": series, "machine": {"device": device}, **measured, **fields}
+
+
+def test_the_report_shows_the_newest_series_of_one_machine_beside_the_peer_s(tmp_path, capsys):
+    lines = [
+        result("8k", "native", 1.0, series="1"),
+        result("8k", "native", 1.0, device="2 x H200"),
+        result("32k", "native", 60_000.0),
+        result("8k", "native", 1.0),
+        result("8k", "native", 99_000.0),
+        result("8k", "torchtitan a2a0d99", 66_000.0),
+        {"case": "8k", "backend": "native", "tokens_per_s": 2.0},  # of a time without series
+        result("8k", "magi_attention", 33_000.0),
+    ]
+    benchmark.report(lines, str(tmp_path / "plot.png"))
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == (
+        "| case | native, tokens/s | memory | torchtitan, tokens/s | memory "
+        "| magi_attention, tokens/s | memory |"
+    )
+    assert rows[2:] == [
+        "| 8k | 99,000 (98,000 to 100,000), 1.50 | 20.0 GiB | 66,000 (65,000 to 67,000) | 20.0 GiB "
+        "| 33,000 (32,000 to 34,000), 0.50 | 20.0 GiB |",
+        "| 32k | 60,000 (59,000 to 61,000) | 20.0 GiB |  |  |  |  |",
+    ]
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_the_table_shows_the_newest_result_beside_the_peer_s():
-    machine = {"device": "2 x NVIDIA H200"}
-    data = {"seqlen": 8192, "batch_size": 2, "source": "random", "random_document_length": 0}
-    config = {
-        "data_config": data,
-        "train_config": {"activation_checkpointing": "none"},
-        "parallel_config": {"context_parallel_size": 2},
-    }
-    result = {
-        "config": config,
-        **{"case": "8k", "backend": "native", "world_size": 2, "machine": machine},
-        **{"tokens_per_s": 80_293.0, "tokens_per_s_range": [80_000.0, 81_000.0], "mfu": 0.4},
-        **{"kernel_bound_tokens_per_s": 160_586.0, "peak_memory_gib": 20.0},
-    }
-    h100 = {**result, "machine": {"device": "2 x NVIDIA H100 80GB HBM3"}}
-    rows = benchmark.table([{**result, "tokens_per_s": 1.0}, result, h100]).splitlines()[2:]
-    speed = "80,293 (80,000 to 81,000) | 40.0% | 50% | 20.0 GiB"
-    assert rows == [
-        f"| 8k | native, 2 x H100 | {speed} | 72,469 | 1.11 |  |",
-        f"| 8k | native, 2 x H200 | {speed} | 80,293 | 1.00 | 11,704 |",
+def test_the_table_of_kernels_has_a_row_a_mask():
+    machine = {"series": "1", "machine": {"device": "H100"}}
+    lines = [
+        {**machine, "kernel": kernel, "mask": mask, "head_dim": 64, "forward_tflops": 500.2}
+        | {"both_tflops": both}
+        for kernel, mask, both in [
+            ("FA4", "causal", 400.0),
+            ("FFA", "causal", 390.0),
+            ("FA4", "full", 450.0),
+        ]
     ]
-    full = {**config, "train_config": {"activation_checkpointing": "full"}}
-    dp = {**config, "parallel_config": {"context_parallel_size": 1}}
-    corpus = {**config, "data_config": {**data, "source": "python-stdlib"}}
-    rows = [benchmark.table([{**result, "config": changed}]) for changed in (full, dp, corpus)]
-    assert all(row.endswith("| 20.0 GiB |  |  |  |") for row in rows), "that is another case"
-    others = [
-        {**result, "world_size": 1},
-        {**result, "machine": {"device": "2 x NVIDIA H100 PCIe"}},
-        *({**result, "machine": {"device": "CPU with 2 cores"}, "world_size": n} for n in (1, 2)),
+    assert benchmark.kernels_table(lines).splitlines() == [
+        "| mask | head_dim 64: FA4 | head_dim 64: FFA |",
+        "| --- | --- | --- |",
+        "| causal | 500 / 400 | 500 / 390 |",
+        "| full | 500 / 450 |  |",
     ]
-    rows = benchmark.table(others).splitlines()[2:]
-    assert [row.split(" | ")[1] for row in rows] == [
-        *("native, 1 x CPU with 2 cores", "native, 2 x CPU with 2 cores"),
-        *("native, 1 x H200", "native, 2 x NVIDIA H100 PCIe"),
-    ]
-    assert all(row.endswith("| 20.0 GiB |  |  |  |") for row in rows), "the peer's is of two H200s"
 
 
 def test_a_case_is_the_config_that_it_names(config):
-    for case, expected in benchmark.CASES.items():
-        llama_pretrain_config.resolve(benchmark.overrides(case), world_size=2)
-        assert benchmark.shape(llama_pretrain_config.sections()) == expected[:4]
+    for case in benchmark.CASES.values():
+        llama_pretrain_config.resolve(benchmark.overrides(case, "folder"), world_size=2)
+        data = llama_pretrain_config.data_config
+        assert (data["seqlen"], data["batch_size"]) == (case.seqlen, case.batch_size)
+        found = data["random_document_length"] if data["source"] == "random" else data["source"]
+        assert found in (case.documents, f"folder/{case.documents}")
+        train = llama_pretrain_config.train_config
+        assert train["activation_checkpointing"] == case.recomputation
+
+
+def test_random_documents_are_a_corpus_that_training_reads(tmp_path):
+    benchmark.write_random_documents(tmp_path / "corpus", vocab_size=128_256)
+    source = open_data(tmp_path / "corpus", vocab_size=128_256, seqlen=65_536)
+    lengths = source.lengths
+    assert 3500 < lengths.mean() < 4500 and lengths.std() > 3000
+    assert source.rows(0, 1, 65_536).tokens.max() > 120_000

@@ -1,52 +1,13 @@
-"""The choice of the backend, and attention that is not kept whole."""
+"""The choice of the backend."""
 
-import gc
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from torch.multiprocessing.reductions import StorageWeakRef
 
-import context_parallel
-from context_parallel import SavedAttention, select_backend
-from native_attention import magi_attn_varlen_key
-
-
-def test_saved_attention_keeps_none_of_its_inputs_and_gives_their_gradients(cp_group):
-    torch.manual_seed(0)
-    cu_seqlens = torch.tensor([0, 10, 64], dtype=torch.int32)
-    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True)
-    inputs = [torch.randn(64, heads, 64, requires_grad=True) for heads in (4, 2, 2)]
-    out, _ = context_parallel.calc_attn(*inputs, key)
-    grad = torch.randn_like(out)
-    expected = torch.autograd.grad(out, inputs, grad)
-
-    q, k, v = (x.detach().clone() for x in inputs)
-    wide = torch.randn(64, 4, 64)  # v as a part of something larger, which has to stay
-    wide[:, 1:3] = v
-    saved = SavedAttention(q, k, wide[:, 1:3], key)
-    assert [x.untyped_storage().nbytes() for x in (q, k)] == [0, 0]
-    assert torch.equal(wide[:, 1:3], v)
-    assert torch.equal(saved.out, out)
-    found = torch.autograd.grad(saved.out, saved.restore(*inputs), grad)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-
-
-def test_saved_attention_that_nobody_needs_any_more_is_freed_at_once(cp_group):
-    """Without its backward, too: as after an error, or a forward that was for its loss alone."""
-    cu_seqlens = torch.tensor([0, 64], dtype=torch.int32)
-    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True)
-    saved = SavedAttention(*(torch.randn(64, heads, 64) for heads in (4, 2, 2)), key)
-    out = StorageWeakRef(saved.out.untyped_storage())
-    gc.disable()
-    try:
-        del saved
-        assert out.expired()
-    finally:
-        gc.enable()
-
+from context_parallel import kernels, select_backend
 
 # The choice of the backend. What a real placeholder is, an importable package without `api`, was
 # seen in the one that PyPI has under the name magi_attention, version 0.0.1.
@@ -54,16 +15,19 @@ def test_saved_attention_that_nobody_needs_any_more_is_freed_at_once(cp_group):
 
 @pytest.fixture(autouse=True)
 def a_hopper(monkeypatch):
-    """Whoever asks for the GPU's capability hears of Hopper's."""
+    """Every GPU is a Hopper, without FlashAttention-4."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    kernels.select_kernel.cache_clear()
+    yield
+    kernels.select_kernel.cache_clear()
 
 
 def refuse(sentence: str, head_dim=64, dtype="bfloat16", device="cuda") -> None:
     """Asked for by name it is an error that says why; `auto` takes native and gives that reason."""
-    with pytest.raises(ValueError, match=f"'magi_attention' cannot run: {sentence}"):
+    with pytest.raises(ValueError, match=f"'magi_attention': .* cannot run: {sentence}"):
         select_backend("magi_attention", head_dim, dtype, device)
-    backend, reason = select_backend("auto", head_dim, dtype, device)
-    assert backend == "native"
+    backend, (chosen, reason, *_) = select_backend("auto", head_dim, dtype, device)
+    assert backend == "native" and chosen.startswith("native (")
     assert reason.startswith("magi_attention cannot run")
 
 
@@ -114,13 +78,13 @@ def test_a_gpu_that_is_none_or_no_hopper_is_refused(another_magi_attention, monk
     refuse("it needs an NVIDIA GPU", device="cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-    with pytest.raises(ValueError, match=r"for Hopper, capability 9.0, and NVIDIA A100 has 8.0"):
+    with pytest.raises(ValueError, match="for Hopper GPUs, not for NVIDIA A100"):
         select_backend("magi_attention", 64, "bfloat16", "cuda")
 
 
 def test_a_library_that_imports_on_a_hopper_is_taken(another_magi_attention, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests/stand_in")
-    expected = ("magi_attention", "version stand-in, auto")
+    expected = ("magi_attention", ["magi_attention (stand-in)"])
     assert select_backend("auto", 128, "bfloat16", "cuda") == expected
 
 
@@ -133,4 +97,20 @@ def test_bfloat16_needs_a_gpu_that_has_it(monkeypatch):
 
 
 def test_native_is_always_there():
-    assert select_backend("native", 31, "float32", "cpu") == ("native", "as configured")
+    expected = ("native", ["native (scaled_dot_product_attention)"])
+    assert select_backend("native", 31, "float32", "cpu") == expected
+
+
+def test_a_gpu_that_could_run_flash_attention_4_hears_how_to_install_it(monkeypatch):
+    _, (chosen, hint) = select_backend("native", 64, "bfloat16", "cuda")
+    assert chosen.startswith("native (FlashAttention-2")
+    assert "FlashAttention-4" in hint and "not installed" in hint
+    assert "pip install -r requirements-gpu.txt" in hint
+    assert len(select_backend("native", 64, "float32", "cuda")[1]) == 1
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert len(select_backend("native", 64, "bfloat16", "cuda")[1]) == 1
+
+
+def test_a_head_dim_that_no_kernel_takes_is_refused():
+    with pytest.raises(ValueError, match="a multiple of 8, 256 at the most, not 264"):
+        select_backend("native", 264, "float32", "cuda")

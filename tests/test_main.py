@@ -212,13 +212,13 @@ def test_recomputation_and_compilation_change_no_gradient(
 
 
 @pytest.mark.parametrize("dp, cp", WHOLE)
-def test_ranks_that_have_whole_documents_work_alone_and_give_the_same_gradients(
+def test_ranks_that_have_whole_documents_gather_nothing_and_give_the_same_gradients(
     dp, cp, results, folder
 ):
     """Other documents on each; in one case it is the first of two micro-batches, and one is cut."""
     variant, batch_size, lengths = WHOLE[dp, cp]
     result = results[(dp, cp, "whole", *variant)]
-    assert result["ranks_of_a_key"] == [1, 2][: len(lengths)]
+    assert result["gathers"] == [False, True][: len(lengths)]
     every_length = sum(lengths, []) * dp
     truth = dense_reference(folder, result["weights"], *variant, batch_size, every_length)
     for figure in ("num_labels", "area", "loss", "grad_norm"):
@@ -422,7 +422,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
 def test_positions_count_within_documents_and_labels_pad_with_ignored(
     config, cp_group, folder, monkeypatch
 ):
-    monkeypatch.setattr(main.chunks, "balanced_chunk_size", lambda *_: 50)
+    monkeypatch.setattr(main, "balanced_chunk_size", lambda *_: 50)
     main.set_up(overrides(folder, cp=1, accumulation=1))
     mesh = main.build_mesh()
     ((input_ids, labels, cu_seqlens),) = main.prepare_data(mesh, train_iter=0)

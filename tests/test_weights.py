@@ -10,9 +10,9 @@ from conftest import run
 from safetensors.torch import load_file
 
 import checkpoint
-import native_attention
 import weights
 from configuration_llama import LlamaConfig
+from context_parallel.native import magi_attn_varlen_key
 from modeling_llama import LlamaForCausalLM
 
 
@@ -27,13 +27,10 @@ def our_logits(folder, tokens, cp_group):
     model = LlamaForCausalLM(config)
     weights.load_weights(model, folder)
     cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    tokens, key = native_attention.magi_attn_varlen_dispatch(
-        *(tokens, cu_seqlens, cu_seqlens, config.num_attention_heads, config.num_key_value_heads),
-        *(config.head_dim, 0, cp_group, True),
-    )
-    positions = native_attention.dispatch(torch.arange(key.total_seqlen), key)
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, *heads, 0, cp_group, causal=True)
     with torch.no_grad():
-        return native_attention.undispatch(model(tokens, positions, key), key)
+        return model(tokens, torch.arange(len(tokens)), key)
 
 
 def test_an_exported_run_is_the_same_model_in_transformers(undisturbed, cp_group, tmp_path):

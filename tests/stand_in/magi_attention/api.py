@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-import native_attention as native
+from context_parallel import native
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def magi_attn_varlen_key(
 ) -> DistAttnRuntimeKey:
     assert pad_size == 0, "deprecated: the key computes it"
     assert chunk_size is None, "deprecated: it belongs into DispatchConfig"
+    assert window_size == (-1, -1), "main.py gives none"
     for cu_seqlens in (cu_seqlens_q, cu_seqlens_k):
         assert cu_seqlens.dtype == torch.int32
         assert cu_seqlens.device.type == "cpu", "reading it on the GPU would wait for the device"
@@ -87,7 +88,6 @@ def magi_attn_varlen_key(
         0,
         cp_group_or_mesh,
         causal,
-        window_size,
         native.DistAttnConfig(native.DispatchConfig(dist_attn_config.dispatch_config.chunk_size)),
     )
     return DistAttnRuntimeKey(
@@ -101,49 +101,8 @@ def magi_attn_varlen_key(
     )
 
 
-def magi_attn_varlen_dispatch(
-    x: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    num_heads_q: int,
-    num_heads_kv: int,
-    head_dim: int,
-    pad_size: int,
-    cp_group_or_mesh: dist.ProcessGroup | DeviceMesh,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    dist_attn_config: DistAttnConfig = DistAttnConfig(),
-    chunk_size: int | None = None,
-):
-    key = magi_attn_varlen_key(
-        cu_seqlens_q,
-        cu_seqlens_k,
-        num_heads_q,
-        num_heads_kv,
-        head_dim,
-        pad_size,
-        cp_group_or_mesh,
-        causal,
-        window_size,
-        dist_attn_config,
-        chunk_size,
-    )
-    return dispatch(x, key), key
-
-
 def dispatch(x: torch.Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> torch.Tensor:
     return native.dispatch(x, key.native_key, pad_value)
-
-
-def undispatch(
-    x: torch.Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool = False
-) -> torch.Tensor:
-    assert not is_partial_grad
-    return native.undispatch(x, key.native_key)
-
-
-def get_position_ids(key: DistAttnRuntimeKey) -> torch.Tensor:
-    return native.get_position_ids(key.native_key)
 
 
 def calc_attn(

@@ -44,20 +44,6 @@ def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
         chunks_per_rank *= 2
 
 
-def own_documents(
-    cu_seqlens: Tensor, chunk_size: int, cp_size: int, rank: int
-) -> tuple[slice, Tensor] | None:
-    """Returns a rank's part of the sequence and where documents begin and end in that, if there is
-    one chunk per rank, without padding, and none cuts a document; else None.
-    """
-    borders = torch.arange(cp_size + 1) * chunk_size
-    if borders[-1] != cu_seqlens[-1] or not torch.isin(borders, cu_seqlens).all():
-        return None
-    begin, end = borders[rank : rank + 2].tolist()
-    own = cu_seqlens[(begin <= cu_seqlens) & (cu_seqlens <= end)]
-    return slice(begin, end), own - begin
-
-
 def chunk_areas(cu_seqlens: Tensor, chunk_size: int, causal: bool, cp_size: int) -> list[int]:
     """Returns how many (query, key) pairs of the mask each chunk has, padding chunks none."""
     total_seqlen = int(cu_seqlens[-1])

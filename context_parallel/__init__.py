@@ -1,0 +1,107 @@
+"""Context parallelism: the choice of a backend, and the attention call.
+
+The backends are `magi_attention.api` and native.py, which has the same functions. Both build a
+*runtime key* once per step: which rank holds which chunks of a packed sequence (chunks.py), and
+which keys its queries see.
+"""
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import kernels, native
+
+# Where magi_attention's own default is slower. A variable that is set already stays.
+MAGI_ATTENTION_ENVIRONMENT = {
+    "MAGI_ATTENTION_MIN_CHUNKS_PER_RANK": "1",  # `balanced_chunk_size` takes as many as it needs
+    "MAGI_ATTENTION_FFA_FORWARD_SM_MARGIN": "0",  # multiprocessors left to communication
+    "MAGI_ATTENTION_FFA_BACKWARD_SM_MARGIN": "0",
+}
+
+
+def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tuple[str, list[str]]:
+    """Returns "magi_attention" or "native", and lines for the log: which it is, and why.
+
+    requested: "auto", "magi_attention" or "native". dtype: the compute type, "bfloat16" or
+    "float32". device: the type of the device that will compute, "cuda" or "cpu".
+    Raises ValueError if the backend asked for by name cannot run, or none can.
+    """
+    reasons = []
+    if requested != "native":
+        obstacle = _magi_attention_obstacle(head_dim, dtype, device)
+        if obstacle is None:
+            for name, value in MAGI_ATTENTION_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            version = importlib.import_module("magi_attention").__version__ or "unknown version"
+            return "magi_attention", [f"magi_attention ({version})"]
+        reasons.append(f"magi_attention cannot run: {obstacle}")
+        if requested == "magi_attention":
+            raise ValueError(
+                f"parallel_config.context_parallel_backend={requested!r}: {reasons[0]}. Mend that, "
+                f"or choose 'native' or 'auto'"
+            )
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        if dtype == "bfloat16" and capability < (8, 0):
+            raise ValueError(
+                f"train_config.dtype='bfloat16' needs a GPU of capability 8.0 or newer, and "
+                f"{torch.cuda.get_device_name()} has less; choose 'float32'"
+            )
+        if head_dim % 8 or head_dim > 256:
+            raise ValueError(
+                f"native on a GPU takes a head_dim that is a multiple of 8, 256 at the most, not "
+                f"{head_dim}"
+            )
+        obstacle = kernels.flash_attention_4_obstacle(head_dim)
+        if dtype == "bfloat16" and capability >= (9, 0) and obstacle:
+            reasons.append(
+                f"FlashAttention-4 cannot run: {obstacle}; its kernels are up to twice as fast: "
+                f"pip install -r requirements-gpu.txt"
+            )
+    kernel, _ = kernels.select_kernel(device, getattr(torch, dtype), head_dim)
+    return "native", [f"native ({kernel})", *reasons]
+
+
+def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | None:
+    """Returns what keeps magi_attention 1.1 from running here, or None."""
+    if device != "cuda":
+        return "it needs an NVIDIA GPU, and none is here"
+    if dtype != "bfloat16":
+        return f"its kernels compute in bfloat16, and train_config.dtype is {dtype!r}"
+    if head_dim not in (64, 128):
+        return f"its kernels take a head_dim of 64 or 128, and the model's is {head_dim}"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return f"its kernels are for Hopper GPUs, not for {torch.cuda.get_device_name()}"
+    try:
+        importlib.import_module("magi_attention.api")
+    except Exception as error:  # a broken build can fail in any way
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        return {
+            "magi_attention": "it is not installed; it is built from source, see the README",
+            "magi_attention.api": "the installed package is the empty placeholder of that name "
+            "from PyPI; uninstall it and build the real one from source, see the README",
+            "debugpy": "it imports 'debugpy' without declaring it; `pip install debugpy`",
+        }.get(missing, f"importing it failed: {error!r}; see the README")
+    return None
+
+
+def load_api(backend: str) -> ModuleType:
+    """Returns the module with the backend's functions: `magi_attention.api`, or native.py."""
+    return native if backend == "native" else importlib.import_module("magi_attention.api")
+
+
+def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> tuple[Tensor, object]:
+    """Attention of the local queries to all keys that they see. The type of `key` decides which
+    backend computes.
+
+    q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns (out, meta): out is [s, nh, hd]; meta is
+    magi_attention's, or None.
+    """
+    if isinstance(key, native.DistAttnRuntimeKey):
+        return native.calc_attn(q, k, v, key)
+    # Strided inputs can give NaN gradients without a word in magi_attention 1.1.
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return load_api("magi_attention").calc_attn(q, k, v, key)

@@ -1,0 +1,203 @@
+"""`native`: the functions of `magi_attention.api` that we call, in plain PyTorch.
+
+They take the same arguments with the same meaning, so that a caller can hold either module. Where a
+document is cut, each rank gathers K and V of all ranks before its attention, and backward
+reduce-scatters their gradients, as in Llama 3 (https://arxiv.org/abs/2407.21783, section 3.3.2).
+
+Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `n` keys that the local
+queries see, `nh` heads, `nkv` key/value heads, `hd` head_dim.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from .chunks import balanced_partitions, chunk_areas
+from .kernels import Pieces, varlen_attention
+
+# torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """chunk_size: tokens per chunk at the most; every rank gets at least one chunk."""
+
+    chunk_size: int = 512
+
+
+@dataclass(frozen=True)
+class DistAttnConfig:
+    dispatch_config: DispatchConfig = DispatchConfig()
+
+
+@dataclass(frozen=True, eq=False)
+class DistAttnRuntimeKey:
+    """The plan of one packed sequence. A *piece* is a part of a document that a rank holds without
+    a gap; padding is a document, too. Tensors are on the GPU if there is one.
+    """
+
+    cp_group: dist.ProcessGroup
+    pad_size: int  # tokens behind the last document
+    order: Tensor  # [S], stream positions in the order in which the ranks hold them
+    pieces: Pieces  # of this rank
+    gathers: bool  # whether any rank has a piece that sees more than itself
+    key_slices: list[slice]  # what this rank's pieces see, in the stream
+    key_rows: Tensor  # [n], the same, in `order`
+
+
+def magi_attn_varlen_key(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    pad_size: int,
+    cp_group_or_mesh: dist.ProcessGroup,
+    causal: bool = False,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),
+) -> DistAttnRuntimeKey:
+    """Plans one packed sequence: which rank holds which chunks, and what its queries see.
+
+    cu_seqlens_q, cu_seqlens_k: [documents + 1], int32, on the CPU, the same: where documents begin
+    and end. num_heads_q, num_heads_kv, head_dim: unused here. pad_size: 0; the key finds its own.
+    """
+    if not torch.equal(cu_seqlens_q, cu_seqlens_k) or pad_size:
+        raise ValueError("native needs cu_seqlens_q equal to cu_seqlens_k, and pad_size=0")
+    cp_size = dist.get_world_size(cp_group_or_mesh)
+    bounds = cu_seqlens_q.long()
+    chunk_size = min(dist_attn_config.dispatch_config.chunk_size, -(-int(bounds[-1]) // cp_size))
+    pad_size = -int(bounds[-1]) % (chunk_size * cp_size)
+    areas = chunk_areas(bounds, chunk_size, causal, cp_size)
+    partitions = balanced_partitions(areas, cp_size)
+    order = torch.tensor(partitions).flatten()[:, None] * chunk_size + torch.arange(chunk_size)
+    order = order.flatten()
+
+    if pad_size:
+        bounds = F.pad(bounds, (0, 1), value=len(order))
+    pieces = [_pieces(bounds, chunk_size, chunks, causal) for chunks in partitions]
+    first, last, first_key, last_key = pieces[dist.get_rank(cp_group_or_mesh)]
+    key_slices = list(map(slice, *(x.tolist() for x in _joined(first_key, last_key))))
+    place = order.argsort()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = (last - first, last_key - first_key)
+    cu_seqlens = (F.pad(x.cumsum(0, dtype=torch.int32), (1, 0)).to(device) for x in lengths)
+    return DistAttnRuntimeKey(
+        cp_group=cp_group_or_mesh,
+        pad_size=pad_size,
+        order=order.to(device),
+        pieces=Pieces(*(x.tolist() for x in lengths), causal, *cu_seqlens),
+        gathers=any((x[:2] != x[2:]).any() for x in pieces),
+        key_slices=key_slices,
+        key_rows=torch.cat([place[keys] for keys in key_slices]).to(device),
+    )
+
+
+def _pieces(bounds: Tensor, chunk_size: int, chunks: list[int], causal: bool) -> Tensor:
+    """Returns where a rank's pieces begin and end in the stream, and where what they see does,
+    [4, pieces]. bounds: [documents + 1], where documents begin and end. chunks: the rank's.
+    """
+    begin = torch.tensor(chunks) * chunk_size
+    begin, end = _joined(begin, begin + chunk_size)
+    cuts = torch.cat([begin, end, bounds]).unique()
+    first, last = cuts[:-1], cuts[1:]
+    interval = torch.searchsorted(begin, first, right=True) - 1  # the last that begins before
+    is_held = (interval >= 0) & (first < end[interval])
+    first, last = first[is_held], last[is_held]
+    document = torch.searchsorted(bounds, first, right=True) - 1
+    return torch.stack([first, last, bounds[document], last if causal else bounds[document + 1]])
+
+
+def _joined(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the intervals [begin, end) with those joined that follow one another."""
+    is_gap = begin[1:] != end[:-1]
+    return begin[F.pad(is_gap, (1, 0), value=True)], end[F.pad(is_gap, (0, 1), value=True)]
+
+
+def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tensor:
+    """Returns this rank's shard, [s, ...], of x, [S - pad_size, ...], the same on every cp rank.
+
+    The end of the sequence is padded with `pad_value`: give -100 for labels, since 0 is a token.
+    """
+    x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, key.pad_size), value=pad_value)
+    return x.index_select(0, key.order.chunk(key.cp_group.size())[key.cp_group.rank()])
+
+
+def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple[Tensor, None]:
+    """q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns the attention's output, [s, nh, hd], finite but
+    without a meaning at padding, and None where magi_attention has its log-sum-exp.
+    """
+    if not key.gathers:
+        return varlen_attention(q, k, v, key.pieces), None
+    seen = _GatherKeys.apply(q, k, v, key)
+    # Backward gathers K and V again: all ranks' copies are too large to keep.
+    node = seen[1].grad_fn
+    with not_saved(seen, functools.cache(lambda: _gather_keys(*node.saved_tensors, key))):
+        return varlen_attention(*seen, key.pieces), None
+
+
+class _GatherKeys(torch.autograd.Function):
+    """Forward: q as it is, and K and V that the local queries see. Backward: the gradients of the
+    local K and V, summed over all ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey):
+        ctx.key = key
+        ctx.save_for_backward(q, k, v)
+        return _gather_keys(q, k, v, key)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq: Tensor, *dkv: Tensor):
+        key, x = ctx.key, dkv[0]
+        # Pieces of one document see the same keys: their gradients add up in float32 at least.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total = x.new_zeros(len(key.order), 2, *x.shape[1:], dtype=dtype)
+        sizes = [keys.stop - keys.start for keys in key.key_slices]
+        for i, gradient in enumerate(dkv):
+            for keys, part in zip(key.key_slices, gradient.split(sizes), strict=True):
+                total[keys, i] += part
+        total = total.to(x.dtype).index_select(0, key.order)
+        local = total.new_empty(len(dq), *total.shape[1:])
+        reduce_scatter_single(local, total, group=key.cp_group)
+        return dq, *local.unbind(dim=1), None
+
+
+def _gather_keys(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple[Tensor, ...]:
+    """Returns q, [s, nh, hd], and K and V that the local queries see, [n, nkv, hd] each."""
+    kv = torch.stack([k, v], dim=1)  # one collective for both
+    gathered = kv.new_empty(len(key.order), *kv.shape[1:])
+    all_gather_single(gathered, kv, group=key.cp_group)
+    return q.view_as(q), *(x.index_select(0, key.key_rows) for x in gathered.unbind(dim=1))
+
+
+def not_saved(tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]):
+    """Returns a context in which autograd saves nothing of these tensors, nor of views of them.
+
+    again: called in backward, returns tensors of the same values and strides.
+    """
+    places = [(x.untyped_storage().data_ptr(), x.storage_offset()) for x in tensors]
+
+    def pack(x: Tensor):
+        for i, (storage, offset) in enumerate(places):
+            if x.untyped_storage().data_ptr() == storage:
+                return i, x.shape, x.stride(), x.storage_offset() - offset
+        return x
+
+    def unpack(packed):
+        if isinstance(packed, Tensor):
+            return packed
+        i, shape, stride, offset = packed
+        x = again()[i]
+        return x.as_strided(shape, stride, x.storage_offset() + offset)
+
+    return saved_tensors_hooks(pack, unpack)
