@@ -16,7 +16,7 @@ from context_parallel import kernels, select_backend
 @pytest.fixture(autouse=True)
 def a_hopper(monkeypatch):
     """Every GPU is a Hopper, without FlashAttention-4."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     kernels.select_kernel.cache_clear()
     yield
     kernels.select_kernel.cache_clear()

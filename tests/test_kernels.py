@@ -23,7 +23,7 @@ NH, NKV, HD = 4, 2, 64
 @pytest.fixture(autouse=True)
 def a_hopper(monkeypatch):
     """Every GPU is a Hopper, and what is known of the machine is forgotten."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     select_kernel.cache_clear()
     yield
     select_kernel.cache_clear()
