@@ -38,8 +38,6 @@ from modeling_llama import LlamaForCausalLM
 from preflight import build_llama_config, open_token_source, run_config, set_up
 from process import exit_with, leave, log, meet
 
-LAYERS_PER_GROUP = 4  # gathered together: fewer and larger messages, for a little memory
-
 
 def init_env() -> None:
     """Joins the launcher's process group; a single process makes one of its own.
@@ -98,10 +96,8 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
         cast_forward_inputs=False,
     )
     recomputes = train_config["activation_checkpointing"] != "none"
-    layers, size = list(model.model.layers), LAYERS_PER_GROUP
-    # The first alone: nothing else is done while a step waits for its weights, or its gradients.
-    for group in [layers[:1], *(layers[i : i + size] for i in range(1, len(layers), size))]:
-        fully_shard(group, mesh=dp_cp, mp_policy=policy, reshard_after_forward=recomputes)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=dp_cp, mp_policy=policy, reshard_after_forward=recomputes)
     if not model.config.tie_word_embeddings:
         head = [model.model.norm, model.lm_head]  # used last, so kept for backward
         fully_shard(head, mesh=dp_cp, mp_policy=policy, reshard_after_forward=False)

@@ -1,8 +1,7 @@
 """Context parallelism: the choice of a backend, and the attention call.
 
-The backends are `magi_attention.api` and native.py, which has the same functions. Both build a
-*runtime key* once per step: which rank holds which chunks of a packed sequence (chunks.py), and
-which keys its queries see.
+Both backends, `magi_attention.api` and native.py, build a *runtime key* once per step: which rank
+holds which chunks of a packed sequence (chunks.py), and which keys their queries see.
 """
 
 import importlib
@@ -44,22 +43,17 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
                 f"or choose 'native' or 'auto'"
             )
     if device == "cuda":
-        capability = torch.cuda.get_device_capability()
-        if dtype == "bfloat16" and capability < (8, 0):
+        gpu, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        if head_dim % 8 or head_dim > 256 or (dtype == "bfloat16" and capability < (8, 0)):
             raise ValueError(
-                f"train_config.dtype='bfloat16' needs a GPU of capability 8.0 or newer, and "
-                f"{torch.cuda.get_device_name()} has less; choose 'float32'"
-            )
-        if head_dim % 8 or head_dim > 256:
-            raise ValueError(
-                f"native on a GPU takes a head_dim that is a multiple of 8, 256 at the most, not "
-                f"{head_dim}"
+                f"native on a GPU takes a head_dim that is a multiple of 8, 256 at the most, and "
+                f"bfloat16 from capability 8.0 on, not head_dim {head_dim} and {dtype} on {gpu}"
             )
         obstacle = kernels.flash_attention_4_obstacle(head_dim)
-        if dtype == "bfloat16" and capability >= (9, 0) and obstacle:
+        if obstacle and dtype == "bfloat16" and capability >= (9, 0):
             reasons.append(
-                f"FlashAttention-4 cannot run: {obstacle}; its kernels are up to twice as fast: "
-                f"pip install -r requirements-gpu.txt"
+                f"FlashAttention-4, almost twice as fast as FlashAttention-2, cannot run: "
+                f"{obstacle}; pip install -r requirements-gpu.txt"
             )
     kernel, _ = kernels.select_kernel(device, getattr(torch, dtype), head_dim)
     return "native", [f"native ({kernel})", *reasons]
@@ -67,14 +61,10 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
 
 def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | None:
     """Returns what keeps magi_attention 1.1 from running here, or None."""
-    if device != "cuda":
-        return "it needs an NVIDIA GPU, and none is here"
-    if dtype != "bfloat16":
-        return f"its kernels compute in bfloat16, and train_config.dtype is {dtype!r}"
-    if head_dim not in (64, 128):
-        return f"its kernels take a head_dim of 64 or 128, and the model's is {head_dim}"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return f"its kernels are for Hopper GPUs, not for {torch.cuda.get_device_name()}"
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
+    is_hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    if not is_hopper or dtype != "bfloat16" or head_dim not in (64, 128):
+        return f"it needs Hopper, bfloat16, head_dim 64 or 128, not {gpu}, {dtype}, {head_dim}"
     try:
         importlib.import_module("magi_attention.api")
     except Exception as error:  # a broken build can fail in any way

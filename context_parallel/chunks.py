@@ -1,14 +1,7 @@
 """Chunks of a packed sequence: their size, for either backend, and who gets which in `native`.
 
-A packed sequence of S tokens is cut into chunks, and each rank of the cp group gets equally many of
-them, chosen so that every rank has about the same number of (query, key) pairs to work on.
-
-    stream    | doc 0    | doc 1                  |doc 2| doc 3     |pad|
-    chunks    |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8  |  9  |
-    cp rank 0                2                 5     6           8     9
-    cp rank 1    0     1           3     4                 7
-
-The chunks are as large as the balance of the ranks allows (`balanced_chunk_size`): every cut costs.
+Each rank of the cp group gets equally many chunks, chosen so that every rank has about the same
+number of (query, key) pairs to compute. Each cut costs, so chunks are as large as balance allows.
 """
 
 import heapq

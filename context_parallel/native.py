@@ -1,7 +1,6 @@
 """`native`: the functions of `magi_attention.api` that we call, in plain PyTorch.
 
-They take the same arguments with the same meaning, so that a caller can hold either module. Where a
-document is cut, each rank gathers K and V of all ranks before its attention, and backward
+Where a document is cut, each rank gathers K and V of all ranks before its attention, and backward
 reduce-scatters their gradients, as in Llama 3 (https://arxiv.org/abs/2407.21783, section 3.3.2).
 
 Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `n` keys that the local
@@ -29,9 +28,7 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """chunk_size: tokens per chunk at the most; every rank gets at least one chunk."""
-
-    chunk_size: int = 512
+    chunk_size: int = 512  # tokens per chunk at the most; every rank gets at least one chunk
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,7 @@ def magi_attn_varlen_key(
     causal: bool = False,
     dist_attn_config: DistAttnConfig = DistAttnConfig(),
 ) -> DistAttnRuntimeKey:
-    """Plans one packed sequence: which rank holds which chunks, and what its queries see.
-
-    cu_seqlens_q, cu_seqlens_k: [documents + 1], int32, on the CPU, the same: where documents begin
+    """cu_seqlens_q, cu_seqlens_k: [documents + 1], int32, on the CPU, equal: where documents begin
     and end. num_heads_q, num_heads_kv, head_dim: unused here. pad_size: 0; the key finds its own.
     """
     if not torch.equal(cu_seqlens_q, cu_seqlens_k) or pad_size:
@@ -88,13 +83,11 @@ def magi_attn_varlen_key(
     key_slices = list(map(slice, *(x.tolist() for x in _joined(first_key, last_key))))
     place = order.argsort()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lengths = (last - first, last_key - first_key)
-    cu_seqlens = (F.pad(x.cumsum(0, dtype=torch.int32), (1, 0)).to(device) for x in lengths)
     return DistAttnRuntimeKey(
         cp_group=cp_group_or_mesh,
         pad_size=pad_size,
         order=order.to(device),
-        pieces=Pieces(*(x.tolist() for x in lengths), causal, *cu_seqlens),
+        pieces=Pieces(last - first, last_key - first_key, causal, device),
         gathers=any((x[:2] != x[2:]).any() for x in pieces),
         key_slices=key_slices,
         key_rows=torch.cat([place[keys] for keys in key_slices]).to(device),
@@ -183,21 +176,15 @@ def _gather_keys(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tu
 def not_saved(tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]):
     """Returns a context in which autograd saves nothing of these tensors, nor of views of them.
 
-    again: called in backward, returns tensors of the same values and strides.
+    again: called in backward, returns tensors of the same values, strides and offsets.
     """
-    places = [(x.untyped_storage().data_ptr(), x.storage_offset()) for x in tensors]
+    indices = {x.untyped_storage().data_ptr(): i for i, x in enumerate(tensors)}
 
     def pack(x: Tensor):
-        for i, (storage, offset) in enumerate(places):
-            if x.untyped_storage().data_ptr() == storage:
-                return i, x.shape, x.stride(), x.storage_offset() - offset
-        return x
+        i = indices.get(x.untyped_storage().data_ptr())
+        return x if i is None else (i, x.shape, x.stride(), x.storage_offset())
 
     def unpack(packed):
-        if isinstance(packed, Tensor):
-            return packed
-        i, shape, stride, offset = packed
-        x = again()[i]
-        return x.as_strided(shape, stride, x.storage_offset() + offset)
+        return packed if isinstance(packed, Tensor) else again()[packed[0]].as_strided(*packed[1:])
 
     return saved_tensors_hooks(pack, unpack)

@@ -30,34 +30,30 @@ def a_hopper(monkeypatch):
 
 
 def make_pieces(lengths_q, lengths_k, causal, device="cpu") -> Pieces:
-    cu_seqlens = (
-        torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-        for lengths in (lengths_q, lengths_k)
-    )
-    return Pieces(lengths_q, lengths_k, causal, *cu_seqlens)
+    return Pieces(torch.tensor(lengths_q), torch.tensor(lengths_k), causal, device)
 
 
-def ends_of_documents(q, k, v, pieces) -> torch.Tensor:
+def ends_of_documents(q, k, v, lengths_q, lengths_k, causal) -> torch.Tensor:
     """Dense attention of the whole documents, of which the pieces' queries are the ends."""
     outs = []
-    tensors = q.split(pieces.lengths_q), k.split(pieces.lengths_k), v.split(pieces.lengths_k)
+    tensors = q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)
     for q_piece, k_piece, v_piece in zip(*tensors, strict=True):
         before = q_piece.new_zeros(len(k_piece) - len(q_piece), *q_piece.shape[1:])
-        whole = reference.attention(torch.cat([before, q_piece]), k_piece, v_piece, pieces.causal)
+        whole = reference.attention(torch.cat([before, q_piece]), k_piece, v_piece, causal)
         outs.append(whole[len(before) :])
     return torch.cat(outs)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_piece_sees_its_own_keys_aligned_at_the_end(causal):
-    pieces = make_pieces([7, 1, 12, 5], [30, 9, 12, 6], causal)
+    case = [7, 1, 12, 5], [30, 9, 12, 6], causal
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(tokens, heads, HD, dtype=torch.float64, requires_grad=True)
         for tokens, heads in ((25, NH), (57, NKV), (57, NKV))
     )
-    found = varlen_attention(q, k, v, pieces)
-    expected = ends_of_documents(q, k, v, pieces)
+    found = varlen_attention(q, k, v, make_pieces(*case))
+    expected = ends_of_documents(q, k, v, *case)
     grad = torch.randn_like(found)
     assert relative_error(found, expected) < 1e-13
     gradients = (torch.autograd.grad(out, (q, k, v), grad) for out in (found, expected))
@@ -76,27 +72,34 @@ def test_this_torch_has_flash_attention_2_with_our_arguments(causal):
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
 
 
-# FlashAttention-4, without its kernels. The stand-in has the arguments that 4.0.0b36 has up to
-# `causal`, in their order, which the test for GPUs at the end compares with the real one.
+# FlashAttention-4, without its kernels: a stand-in with the two functions of 4.0.0b36 that we call.
+# The arguments that we give by position are the first ones there, and those that we give by name
+# exist; the test for GPUs at the end compares both with the real ones.
 
 
-def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    qv=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    *,
-    causal=False,
-):
-    assert qv is None
-    lengths_q, lengths_k = (x.diff().tolist() for x in (cu_seqlens_q, cu_seqlens_k))
-    assert (max_seqlen_q, max_seqlen_k) == (max(lengths_q), max(lengths_k))
-    pieces = Pieces(lengths_q, lengths_k, causal, cu_seqlens_q, cu_seqlens_k)
-    return ends_of_documents(q, k, v, pieces), "log-sum-exp"
+def flash_attn_varlen_func(q, k, v, *, return_lse, causal, **varlen):
+    assert return_lse
+    out = ends_of_documents(q, k, v, *lengths_of(**varlen), causal)
+    return out, torch.zeros(q.shape[1], len(q))
+
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, *, dq, dk, dv, causal, **varlen):
+    assert lse.shape == (q.shape[1], len(q)) and out.shape == dout.shape == q.shape
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        again = ends_of_documents(*inputs, *lengths_of(**varlen), causal)
+    assert torch.allclose(again, out)
+    for into, gradient in zip((dq, dk, dv), torch.autograd.grad(again, inputs, dout), strict=True):
+        into.copy_(gradient)
+
+
+def lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    lengths = [x.diff().tolist() for x in (cu_seqlens_q, cu_seqlens_k)]
+    assert [max_seqlen_q, max_seqlen_k] == list(map(max, lengths))
+    return lengths
+
+
+WORKING = {"flash_attn_varlen_func": flash_attn_varlen_func, "_flash_attn_bwd": _flash_attn_bwd}
 
 
 @pytest.fixture
@@ -107,34 +110,51 @@ def install(monkeypatch):
         monkeypatch.setattr(importlib.metadata, "version", {"flash-attn-4": version}.get)
         monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
         cute = types.SimpleNamespace(**module) if module else None
-        monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+        for name in ("flash_attn.cute", "flash_attn.cute.interface"):
+            monkeypatch.setitem(sys.modules, name, cute)
 
     return installed
 
 
 @pytest.mark.parametrize("version", ["4.0.0b36", "4.0.0b100", "4.0.0", "4.1.0b2"])
+def test_flash_attention_4_is_taken_where_it_is_new_enough(version, install):
+    install(version, **WORKING)
+    assert select_kernel("cuda", torch.bfloat16, HD)[0] == f"FlashAttention-4 {version}"
+
+
 @pytest.mark.parametrize("causal", [True, False])
-def test_flash_attention_4_is_taken_and_given_the_pieces(version, causal, install):
-    install(version, flash_attn_varlen_func=flash_attn_varlen_func)
-    name, kernel = select_kernel("cuda", torch.bfloat16, HD)
-    assert name == f"FlashAttention-4 {version}"
+@pytest.mark.parametrize("many_tokens", [18, 19])
+def test_flash_attention_4_is_given_the_pieces(many_tokens, causal, install, monkeypatch):
+    """With many tokens its backward is called for each key/value head, and gives the same."""
+    install("4.0.0b36", **WORKING)
+    monkeypatch.setattr(kernels, "MANY_TOKENS", many_tokens)
+    _, kernel = select_kernel("cuda", torch.bfloat16, HD)
     pieces = make_pieces([7, 12], [30, 12], causal)
-    q, k, v = (torch.randn(n, heads, HD) for n, heads in ((19, NH), (42, NKV), (42, NKV)))
-    assert relative_error(kernel(q, k, v, pieces), varlen_attention(q, k, v, pieces)) < 1e-6
+    inputs = [
+        torch.randn(n, heads, HD, requires_grad=True)
+        for n, heads in ((19, NH), (42, NKV), (42, NKV))
+    ]
+    grad = torch.randn(19, NH, HD)
+    found, expected = (
+        [out, *torch.autograd.grad(out, inputs, grad)]
+        for out in (kernel(*inputs, pieces), varlen_attention(*inputs, pieces))
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert relative_error(x, y) < 1e-5
 
 
 def test_a_package_that_is_absent_too_old_or_broken_is_left_alone(install):
     assert kernels.flash_attention_4_obstacle(HD) == "it is not installed"
     for version in ("4.0.0b8", "4.0.0b35", "3.9.0"):
-        install(version, flash_attn_varlen_func=flash_attn_varlen_func)
-        assert kernels.flash_attention_4_obstacle(HD) == f"version {version} is too old"
+        install(version, **WORKING)
+        assert f"version {version} is older than 4.0.0b36" in kernels.flash_attention_4_obstacle(HD)
     install("4.0.0b36")
     assert "importing it failed" in kernels.flash_attention_4_obstacle(HD)
     assert select_kernel("cuda", torch.bfloat16, HD)[0].startswith("FlashAttention-2")
 
 
 def test_other_gpus_and_sizes_take_flash_attention_2_and_float32_neither(install, monkeypatch):
-    install("4.0.0b36", flash_attn_varlen_func=flash_attn_varlen_func)
+    install("4.0.0b36", **WORKING)
     assert "head_dim 64 and 128" in kernels.flash_attention_4_obstacle(96)
     assert select_kernel("cuda", torch.bfloat16, 96)[0].startswith("FlashAttention-2")
     assert select_kernel("cuda", torch.float32, 64)[0] == "scaled_dot_product_attention"
@@ -145,10 +165,13 @@ def test_other_gpus_and_sizes_take_flash_attention_2_and_float32_neither(install
 
 
 @pytest.mark.gpu
-def test_flash_attention_4_has_the_arguments_of_the_stand_in():
-    cute = pytest.importorskip("flash_attn.cute", reason="needs FlashAttention-4")
-    found, real = (
-        list(inspect.signature(function).parameters)
-        for function in (flash_attn_varlen_func, cute.flash_attn_varlen_func)
-    )
-    assert found[:8] == real[:8] and "causal" in real
+def test_flash_attention_4_has_the_arguments_that_we_give():
+    real = pytest.importorskip("flash_attn.cute.interface", reason="needs FlashAttention-4")
+    varlen = list(inspect.signature(lengths_of).parameters)
+    for function in WORKING.values():
+        kinds = inspect.signature(function).parameters
+        positional = [name for name, p in kinds.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        by_name = [name for name, p in kinds.items() if p.kind is p.KEYWORD_ONLY]
+        theirs = list(inspect.signature(getattr(real, function.__name__)).parameters)
+        assert theirs[: len(positional)] == positional
+        assert set(theirs) >= {*by_name, *varlen}

@@ -257,17 +257,6 @@ def test_each_rank_holds_its_share_of_the_model(results):
             assert result["whole_parameters"] == 1
 
 
-def test_layers_are_gathered_in_groups_and_the_first_alone(config, monkeypatch):
-    """A layer in no group of its own would be gathered with the root, for the whole step."""
-    groups = []
-    monkeypatch.setattr(main, "fully_shard", lambda modules, **kwargs: groups.append(modules))
-    model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {"num_hidden_layers": 7}))
-    main.apply_fsdp(model, None)
-    layers = list(model.model.layers)
-    assert groups[:-1] == [layers[:1], layers[1:5], layers[5:]]
-    assert groups[-1] is model
-
-
 def test_weights_do_not_depend_on_the_layout(results):
     """Nor on FSDP: they are those of the plain model, initialised by the same seed."""
     for (dp, cp, accumulation, tied, *_), result in results.items():
