@@ -1,5 +1,8 @@
 """What comes before a run: its config, backend and data, and whatever is wrong with them."""
 
+import fnmatch
+import glob
+import importlib
 import json
 import os
 import shutil
@@ -50,6 +53,23 @@ def check_compiler(on_gpu: bool) -> None:
         )
 
 
+def missing_magi_kernels(head_dim: int, cp_size: int) -> int:
+    """Returns how many kernels magi_attention 1.1 has to compile for the first step.
+
+    It needs one for forward, one for backward and, where ranks share a document, one more for
+    forward. It looks for them in its package and in its cache.
+    """
+    package = importlib.import_module("magi_attention").__path__[0]
+    base = os.environ.get("MAGI_ATTENTION_WORKSPACE_BASE", os.path.expanduser("~"))
+    built = [
+        os.path.basename(path)
+        for folder in (f"{package}/lib", f"{base}/.cache/magi_attention/*/cached_ops")
+        for path in glob.glob(f"{folder}/*_{head_dim}hd_compute_bfloat16_*/*.so")
+    ]
+    wanted = ["*_fwd_*_float32_m*", "*_bwd_*", *(["*_fwd_*_atomic_*"] if cp_size > 1 else [])]
+    return sum(not fnmatch.filter(built, pattern) for pattern in wanted)
+
+
 def set_up(arguments: list[str]) -> None:
     """Resolves the config, chooses the backend, opens the data, and logs what will run.
 
@@ -95,8 +115,10 @@ def set_up(arguments: list[str]) -> None:
     log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
     for reason in reasons:
         log(f"attention: {reason}")
-    if train_config["compile"] or backend == "magi_attention":
-        log("kernels: compiled in the first step, which takes minutes where none are cached yet")
+    if train_config["compile"]:
+        log("kernels: compiled in the first step, which takes about half a minute")
+    if backend == "magi_attention" and (n := missing_magi_kernels(config.head_dim, cp_size)):
+        log(f"kernels: magi_attention compiles {n} more, silently, for about {2.5 * n:g} minutes")
     for name, source in sources.items():
         log(f"{name}: {source.description}")
     log(f"config: {json.dumps(llama_pretrain_config.sections())}")

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, gpus, relative_error, torchrun
 
 import context_parallel
+import preflight
 
 STAND_IN = ROOT / "tests/stand_in"
 ATTENTION_WORKER = ROOT / "tests/context_parallel_worker.py"
@@ -52,6 +53,33 @@ def test_the_magi_attention_path_gives_the_gradients_of_native(
     assert magi["loss"] == pytest.approx(native["loss"], rel=1e-6)
     for name, gradient in magi["gradients"].items():
         assert relative_error(gradient, native["gradients"][name]) < 1e-5, name
+
+
+def test_kernels_that_are_not_compiled_yet_are_counted(tmp_path, monkeypatch):
+    """The folders have the names that 1.1.1 gave them, in its package and in its cache."""
+    package, cache = tmp_path / "magi_attention", tmp_path / ".cache/magi_attention/90/cached_ops"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "magi_attention", raising=False)
+    monkeypatch.setenv("MAGI_ATTENTION_WORKSPACE_BASE", str(tmp_path))
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+
+    def compile(folder, name):
+        name = f"flex_flash_attn_sm_90_{name}"
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{name}.so").write_text("")
+
+    def missing():
+        return [preflight.missing_magi_kernels(128, cp_size) for cp_size in (1, 2)]
+
+    compile(cache, "fwd_64hd_compute_bfloat16_out_float32_m192n128")
+    assert missing() == [2, 3]
+    compile(cache, "fwd_128hd_compute_bfloat16_out_float32_m128n128")
+    assert missing() == [1, 2]
+    compile(package / "lib", "bwd_128hd_compute_bfloat16_dq_float32_dkv_float32_atomic")
+    assert missing() == [0, 1]
+    compile(cache, "fwd_128hd_compute_bfloat16_out_float32_atomic_m128n128")
+    assert missing() == [0, 0]
 
 
 def gradients(cases: list[dict], processes: int, folder, **env: str) -> list[dict]:

@@ -273,10 +273,10 @@ def test_a_data_set_of_the_hub_is_read_with_its_config(tmp_path, monkeypatch):
         prepare(["owner/name"], tmp_path / "again")
 
 
-def test_the_folder_is_read_by_what_the_readme_says(tmp_path, monkeypatch):
+def test_the_folder_is_read_by_the_code_of_its_page(tmp_path, monkeypatch):
     write_corpus(tmp_path)
     prepare([tmp_path / "texts"], tmp_path / "DIR")
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     names = {"d": 2}
     exec(code, names)

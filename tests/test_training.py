@@ -50,12 +50,13 @@ def test_a_run_describes_itself_and_learns(one_process):
     lines = stdout.splitlines()
     starts = [line.split(":")[0] for line in lines]
     assert starts == (
-        ["one process", "machine", "mesh", "attention", "data", "config", "model", "parameters"]
-        + ["step", "step", "step", "saved"]
+        ["one process", "machine", "mesh", "attention", "attention", "data", "config", "model"]
+        + ["parameters", "step", "step", "step", "saved"]
     )
     assert "python " in lines[1] and "torch " in lines[1] and "CPU" in lines[1]
     assert lines[2] == "mesh: dp 1 x cp 1, 1 processes"
-    assert lines[3].startswith("attention: native (magi_attention cannot run: ")
+    assert lines[3] == "attention: native (scaled_dot_product_attention)"
+    assert lines[4].startswith("attention: magi_attention cannot run: ")
     config = json.loads((output_dir / "config.json").read_text())
     assert config["data_config"]["seqlen"] == 100
     assert config["parallel_config"]["context_parallel_size"] == 1
