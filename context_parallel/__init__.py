@@ -24,9 +24,8 @@ MAGI_ATTENTION_ENVIRONMENT = {
 def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tuple[str, list[str]]:
     """Returns "magi_attention" or "native", and lines for the log: which it is, and why.
 
-    requested: "auto", "magi_attention" or "native". dtype: the compute type, "bfloat16" or
-    "float32". device: the type of the device that will compute, "cuda" or "cpu".
-    Raises ValueError if the backend asked for by name cannot run, or none can.
+    requested: one of these, or "auto". dtype: the compute type, "bfloat16" or "float32". device:
+    "cuda" or "cpu". Raises ValueError if the backend asked for by name cannot run, or none can.
     """
     reasons = []
     if requested != "native":
@@ -71,8 +70,7 @@ def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | No
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         return {
             "magi_attention": "it is not installed; it is built from source, see the README",
-            "magi_attention.api": "the installed package is the empty placeholder of that name "
-            "from PyPI; uninstall it and build the real one from source, see the README",
+            "magi_attention.api": "PyPI's package of that name is an empty one; see the README",
             "debugpy": "it imports 'debugpy' without declaring it; `pip install debugpy`",
         }.get(missing, f"importing it failed: {error!r}; see the README")
     return None
@@ -84,14 +82,11 @@ def load_api(backend: str) -> ModuleType:
 
 
 def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> tuple[Tensor, object]:
-    """Attention of the local queries to all keys that they see. The type of `key` decides which
-    backend computes.
+    """Attention of the local queries to all keys that they see, by the backend of the key.
 
-    q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns (out, meta): out is [s, nh, hd]; meta is
-    magi_attention's, or None.
+    q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns out, [s, nh, hd], and magi_attention's meta or None.
     """
     if isinstance(key, native.DistAttnRuntimeKey):
         return native.calc_attn(q, k, v, key)
     # Strided inputs can give NaN gradients without a word in magi_attention 1.1.
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return load_api("magi_attention").calc_attn(q, k, v, key)
+    return load_api("magi_attention").calc_attn(*map(Tensor.contiguous, (q, k, v)), key)

@@ -17,11 +17,8 @@ MIN_CHUNK_SIZE = 16  # tokens; below it they are not cut either
 
 def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
     """Returns the largest chunk size, in tokens, with which the ranks are balanced to
-    MAX_IMBALANCE, or if none will do, the one that balances them best.
-
-    cu_seqlens: [documents + 1], on the CPU. It tries 1, 2, 4, ... chunks per rank: of one causal
-    document two are enough (the first with the last), of many documents often one, and then those
-    that a rank has whole need nothing of the others.
+    MAX_IMBALANCE, or else the one that balances them best. It tries 1, 2, 4, ... chunks per rank.
+    One causal document needs two (first and last). cu_seqlens: [documents + 1], on the CPU.
     """
     total_seqlen = int(cu_seqlens[-1])
     best = (math.inf, 0)  # imbalance, and minus the chunk size: of equals the larger

@@ -16,12 +16,12 @@ MANY_TOKENS = 65_536  # above which FlashAttention-4's backward computes one hea
 
 
 class Pieces:
-    """The queries of a piece see the keys of the same piece; pieces follow one another."""
+    """The queries of a piece see the keys of the same piece; pieces follow one another. With a
+    causal mask a piece's last query sees all its keys, the query before it all but the last, ...
+    """
 
     def __init__(self, lengths_q: Tensor, lengths_k: Tensor, causal: bool, device: str) -> None:
-        """lengths_q, lengths_k: [pieces], tokens in q, and in k and v. causal: a piece's last query
-        sees all its keys, the query before it all but the last, ... device: of q, k and v.
-        """
+        """lengths_q, lengths_k: [pieces], tokens in q, and in k and v. device: of q, k and v."""
         self.lengths = lengths_q.tolist(), lengths_k.tolist(), lengths_k.tolist()
         self.causal = causal
         bounds = (
@@ -32,15 +32,11 @@ class Pieces:
         self.varlen = dict(zip(names, (*bounds, *longest), strict=True))
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> Tensor:
-    """q: [s, nh, hd]; k, v: [n, nkv, hd]; returns [s, nh, hd]."""
-    _, kernel = select_kernel(q.device.type, q.dtype, q.shape[-1])
-    return kernel(q, k, v, pieces)
-
-
 @functools.cache
 def select_kernel(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, Callable]:
-    """Returns the name and the function of the kernel that runs. device: "cpu" or "cuda"."""
+    """Returns the name of the kernel that runs, and its function: (q [s, nh, hd], k [n, nkv, hd],
+    v [n, nkv, hd], pieces) -> [s, nh, hd]. device: "cpu" or "cuda".
+    """
     if device == "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return "scaled_dot_product_attention", _scaled_dot_product_attention
     if flash_attention_4_obstacle(head_dim):
@@ -51,10 +47,8 @@ def select_kernel(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, 
 
 def flash_attention_4_obstacle(head_dim: int) -> str | None:
     """Returns what keeps FlashAttention-4 from running on this GPU, or None."""
-    if torch.cuda.get_device_capability() < (9, 0):
-        return "it needs a GPU of capability 9.0 or newer"
-    if head_dim not in (64, 128):
-        return f"it was tested with head_dim 64 and 128, and the model's is {head_dim}"
+    if torch.cuda.get_device_capability() < (9, 0) or head_dim not in (64, 128):
+        return f"it needs Hopper or newer and head_dim 64 or 128, not {head_dim}"
     try:
         version = importlib.metadata.version("flash-attn-4")
         if TorchVersion(version) < OLDEST_FLASH_ATTENTION_4:
@@ -68,9 +62,8 @@ def flash_attention_4_obstacle(head_dim: int) -> str | None:
 
 
 class _FlashAttention4(torch.autograd.Function):
-    """FlashAttention-4's backward holds float32 sums three times as large as q. Computing them for
-    one key/value head after the other saves 5 GiB with a million tokens on two GPUs; only the
-    library's private function can do that.
+    """FlashAttention-4's backward holds float32 sums three times as large as q. With many tokens it
+    is called for one key/value head after the other, which only its private function allows.
     """
 
     @staticmethod
@@ -97,8 +90,7 @@ class _FlashAttention4(torch.autograd.Function):
 
 
 def _flash_attention_2(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> Tensor:
-    # Not the public `varlen_attn`: from torch 2.15 on it may take cuDNN's kernel, whose causal mask
-    # is aligned top left.
+    # The public `varlen_attn` may take cuDNN from torch 2.15 on, which aligns the mask top left.
     return torch.ops.aten._flash_attention_forward(
         q, k, v, *pieces.varlen.values(), 0.0, pieces.causal, return_debug_mask=False
     )[0]

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from .chunks import balanced_partitions, chunk_areas
-from .kernels import Pieces, varlen_attention
+from .kernels import Pieces, select_kernel
 
 # torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,9 +38,7 @@ class DistAttnConfig:
 
 @dataclass(frozen=True, eq=False)
 class DistAttnRuntimeKey:
-    """The plan of one packed sequence. A *piece* is a part of a document that a rank holds without
-    a gap; padding is a document, too. Tensors are on the GPU if there is one.
-    """
+    """A *piece* is a part of a document that a rank holds without a gap."""
 
     cp_group: dist.ProcessGroup
     pad_size: int  # tokens behind the last document
@@ -73,30 +71,24 @@ def magi_attn_varlen_key(
     pad_size = -int(bounds[-1]) % (chunk_size * cp_size)
     areas = chunk_areas(bounds, chunk_size, causal, cp_size)
     partitions = balanced_partitions(areas, cp_size)
-    order = torch.tensor(partitions).flatten()[:, None] * chunk_size + torch.arange(chunk_size)
-    order = order.flatten()
+    order = (torch.tensor(partitions).view(-1, 1) * chunk_size + torch.arange(chunk_size)).flatten()
 
-    if pad_size:
-        bounds = F.pad(bounds, (0, 1), value=len(order))
+    bounds = F.pad(bounds, (0, 1), value=len(order))  # padding is the last document
     pieces = [_pieces(bounds, chunk_size, chunks, causal) for chunks in partitions]
+    gathers = any((x[:2] != x[2:]).any() for x in pieces)
     first, last, first_key, last_key = pieces[dist.get_rank(cp_group_or_mesh)]
     key_slices = list(map(slice, *(x.tolist() for x in _joined(first_key, last_key))))
-    place = order.argsort()
+    key_rows = torch.cat([order.argsort()[keys] for keys in key_slices])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return DistAttnRuntimeKey(
-        cp_group=cp_group_or_mesh,
-        pad_size=pad_size,
-        order=order.to(device),
-        pieces=Pieces(last - first, last_key - first_key, causal, device),
-        gathers=any((x[:2] != x[2:]).any() for x in pieces),
-        key_slices=key_slices,
-        key_rows=torch.cat([place[keys] for keys in key_slices]).to(device),
-    )
+    own = Pieces(last - first, last_key - first_key, causal, device)
+    order, key_rows = order.to(device), key_rows.to(device)
+    return DistAttnRuntimeKey(cp_group_or_mesh, pad_size, order, own, gathers, key_slices, key_rows)
 
 
 def _pieces(bounds: Tensor, chunk_size: int, chunks: list[int], causal: bool) -> Tensor:
-    """Returns where a rank's pieces begin and end in the stream, and where what they see does,
-    [4, pieces]. bounds: [documents + 1], where documents begin and end. chunks: the rank's.
+    """Returns begin and end of a rank's pieces and of their keys, [4, pieces], in the stream.
+
+    bounds: [documents + 1], where documents begin and end. chunks: those of the rank.
     """
     begin = torch.tensor(chunks) * chunk_size
     begin, end = _joined(begin, begin + chunk_size)
@@ -117,8 +109,7 @@ def _joined(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tensor:
     """Returns this rank's shard, [s, ...], of x, [S - pad_size, ...], the same on every cp rank.
-
-    The end of the sequence is padded with `pad_value`: give -100 for labels, since 0 is a token.
+    Give labels pad_value=-100, since 0 is a token.
     """
     x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, key.pad_size), value=pad_value)
     return x.index_select(0, key.order.chunk(key.cp_group.size())[key.cp_group.rank()])
@@ -128,19 +119,18 @@ def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple
     """q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns the attention's output, [s, nh, hd], finite but
     without a meaning at padding, and None where magi_attention has its log-sum-exp.
     """
+    _, attention = select_kernel(q.device.type, q.dtype, q.shape[-1])
     if not key.gathers:
-        return varlen_attention(q, k, v, key.pieces), None
+        return attention(q, k, v, key.pieces), None
     seen = _GatherKeys.apply(q, k, v, key)
     # Backward gathers K and V again: all ranks' copies are too large to keep.
     node = seen[1].grad_fn
     with not_saved(seen, functools.cache(lambda: _gather_keys(*node.saved_tensors, key))):
-        return varlen_attention(*seen, key.pieces), None
+        return attention(*seen, key.pieces), None
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Forward: q as it is, and K and V that the local queries see. Backward: the gradients of the
-    local K and V, summed over all ranks.
-    """
+    """Forward: `_gather_keys`. Backward: the gradients of the local K and V, from all ranks."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey):
@@ -174,9 +164,8 @@ def _gather_keys(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tu
 
 
 def not_saved(tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]):
-    """Returns a context in which autograd saves nothing of these tensors, nor of views of them.
-
-    again: called in backward, returns tensors of the same values, strides and offsets.
+    """Returns a context in which autograd saves nothing of these tensors, nor of views of them. In
+    backward it calls `again`, which returns tensors of the same values, strides and offsets.
     """
     indices = {x.untyped_storage().data_ptr(): i for i, x in enumerate(tensors)}
 

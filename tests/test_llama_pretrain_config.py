@@ -121,9 +121,10 @@ def test_clipping_can_be_switched_off():
 
 
 def readme_commands() -> list[list[str]]:
-    """The overrides of every command of the README that starts main.py or run.sh."""
+    """The overrides of every command of the README and its pages that starts main.py or run.sh."""
     commands = []
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    for block in re.findall(r"```bash\n(.*?)```", pages, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if "main.py" in line or "run.sh" in line:
                 words = shlex.split(line, comments=True)
