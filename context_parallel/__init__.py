@@ -69,10 +69,10 @@ def _magi_attention_obstacle(head_dim: int, dtype: str, device: str) -> str | No
     except Exception as error:  # a broken build can fail in any way
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         return {
-            "magi_attention": "it is not installed; it is built from source, see the README",
-            "magi_attention.api": "PyPI's package of that name is an empty one; see the README",
+            "magi_attention": "it is not installed; docs/magi_attention.md says how to build it",
+            "magi_attention.api": "PyPI's package of this name is empty: docs/magi_attention.md",
             "debugpy": "it imports 'debugpy' without declaring it; `pip install debugpy`",
-        }.get(missing, f"importing it failed: {error!r}; see the README")
+        }.get(missing, f"importing it failed: {error!r}; see docs/magi_attention.md")
     return None
 
 

@@ -52,14 +52,14 @@ def test_float32_and_other_head_dims_are_refused():
 def test_an_absent_package_is_refused(another_magi_attention, monkeypatch):
     shown = [p for p in sys.path if not (Path(p) / "magi_attention").is_dir()]
     monkeypatch.setattr(sys, "path", shown)
-    refuse("it is not installed; it is built from source")
+    refuse("it is not installed; docs/magi_attention.md")
 
 
 def test_the_empty_placeholder_from_pypi_is_refused(another_magi_attention, tmp_path, monkeypatch):
     (tmp_path / "magi_attention").mkdir()
     (tmp_path / "magi_attention/__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    refuse("PyPI's package of that name is an empty one")
+    refuse("PyPI's package of this name is empty")
 
 
 def test_a_missing_debugpy_is_named(another_magi_attention, tmp_path, monkeypatch):
