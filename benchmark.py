@@ -235,7 +235,7 @@ def attentions(cu_seqlens: Tensor, causal: bool, head_dim: int) -> dict[str, Cal
 
 
 def kernel_seconds(
-    attend: Callable, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, repeats: int = 7
+    attend: Callable, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, repeats: int = 5
 ) -> tuple[list[float], list[float]]:
     """Returns how long an attention takes, forward, and forward and backward, each time."""
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
