@@ -42,18 +42,15 @@ def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tu
                 f"or choose 'native' or 'auto'"
             )
     if device == "cuda":
-        gpu, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        if head_dim % 8 or head_dim > 256 or (dtype == "bfloat16" and capability < (8, 0)):
+        gpu, is_old = torch.cuda.get_device_name(), torch.cuda.get_device_capability() < (8, 0)
+        if head_dim % 8 or head_dim > 256 or (is_old and dtype == "bfloat16"):
             raise ValueError(
                 f"native on a GPU takes a head_dim that is a multiple of 8, 256 at the most, and "
                 f"bfloat16 from capability 8.0 on, not head_dim {head_dim} and {dtype} on {gpu}"
             )
         obstacle = kernels.flash_attention_4_obstacle(head_dim)
-        if obstacle and dtype == "bfloat16" and capability >= (9, 0):
-            reasons.append(
-                f"FlashAttention-4, almost twice as fast as FlashAttention-2, cannot run: "
-                f"{obstacle}; pip install -r requirements-gpu.txt"
-            )
+        if obstacle and dtype == "bfloat16":
+            reasons.append(f"FlashAttention-4 cannot run: {obstacle}")
     kernel, _ = kernels.select_kernel(device, getattr(torch, dtype), head_dim)
     return "native", [f"native ({kernel})", *reasons]
 

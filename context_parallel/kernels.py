@@ -12,7 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.torch_version import TorchVersion
 
 OLDEST_FLASH_ATTENTION_4 = "4.0.0b36"  # that was run here; up to b15 gradients can race
-MANY_TOKENS = 65_536  # above which FlashAttention-4's backward computes one head after the other
+MANY_TOKENS = 65_536  # queries, or a quarter of the keys, above which backward goes head by head
 
 
 class Pieces:
@@ -49,21 +49,22 @@ def flash_attention_4_obstacle(head_dim: int) -> str | None:
     """Returns what keeps FlashAttention-4 from running on this GPU, or None."""
     if torch.cuda.get_device_capability() < (9, 0) or head_dim not in (64, 128):
         return f"it needs Hopper or newer and head_dim 64 or 128, not {head_dim}"
+    hint = "; `pip install -r requirements-gpu.txt`: almost twice as fast as FlashAttention-2"
     try:
         version = importlib.metadata.version("flash-attn-4")
         if TorchVersion(version) < OLDEST_FLASH_ATTENTION_4:
-            return f"version {version} is older than {OLDEST_FLASH_ATTENTION_4}"
+            return f"version {version} is older than {OLDEST_FLASH_ATTENTION_4}{hint}"
         importlib.import_module("flash_attn.cute.interface")
     except importlib.metadata.PackageNotFoundError:
-        return "it is not installed"
+        return f"it is not installed{hint}"
     except Exception as error:  # a broken installation can fail in any way
-        return f"importing it failed: {error!r}"
+        return f"importing it failed: {error!r}{hint}"
     return None
 
 
 class _FlashAttention4(torch.autograd.Function):
-    """FlashAttention-4's backward holds float32 sums three times as large as q. With many tokens it
-    is called for one key/value head after the other, which only its private function allows.
+    """Backward holds float32 sums, twice as large as q, k and v. With many tokens it is called for
+    one key/value head after the other, which only the library's private function allows.
     """
 
     @staticmethod
@@ -82,7 +83,7 @@ class _FlashAttention4(torch.autograd.Function):
 
         q, k, v, out, lse = ctx.saved_tensors
         gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-        parts = k.shape[1] if len(q) > MANY_TOKENS else 1
+        parts = k.shape[1] if max(len(q), len(k) // 4) > MANY_TOKENS else 1
         by_head = (x.chunk(parts, dim=1) for x in (q, k, v, out, grad, *gradients))
         for *inputs, dq, dk, dv, part in zip(*by_head, lse.chunk(parts), strict=True):
             _flash_attn_bwd(*inputs, part, dq=dq, dk=dk, dv=dv, **ctx.options)

@@ -3,8 +3,8 @@
 Where a document is cut, each rank gathers K and V of all ranks before its attention, and backward
 reduce-scatters their gradients, as in Llama 3 (https://arxiv.org/abs/2407.21783, section 3.3.2).
 
-Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `n` keys that the local
-queries see, `nh` heads, `nkv` key/value heads, `hd` head_dim.
+Shapes: `S` tokens of the padded sequence, `s` = S / cp local tokens, `n` rows of K and V that are
+copied for the local pieces, `nh` heads, `nkv` key/value heads, `hd` head_dim.
 """
 
 import functools
@@ -78,7 +78,8 @@ def magi_attn_varlen_key(
     gathers = any((x[:2] != x[2:]).any() for x in pieces)
     first, last, first_key, last_key = pieces[dist.get_rank(cp_group_or_mesh)]
     key_slices = list(map(slice, *(x.tolist() for x in _joined(first_key, last_key))))
-    key_rows = torch.cat([order.argsort()[keys] for keys in key_slices])
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # in `order`
+    key_rows = torch.cat([place[keys] for keys in key_slices])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own = Pieces(last - first, last_key - first_key, causal, device)
     order, key_rows = order.to(device), key_rows.to(device)
@@ -135,7 +136,7 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey):
         ctx.key = key
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v)  # for `calc_attn`, which gathers again
         return _gather_keys(q, k, v, key)
 
     @staticmethod
@@ -156,7 +157,7 @@ class _GatherKeys(torch.autograd.Function):
 
 
 def _gather_keys(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple[Tensor, ...]:
-    """Returns q, [s, nh, hd], and K and V that the local queries see, [n, nkv, hd] each."""
+    """Returns q, so that `not_saved` covers it, and the pieces' K and V, [n, nkv, hd] each."""
     kv = torch.stack([k, v], dim=1)  # one collective for both
     gathered = kv.new_empty(len(key.order), *kv.shape[1:])
     all_gather_single(gathered, kv, group=key.cp_group)
@@ -171,7 +172,8 @@ def not_saved(tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]):
 
     def pack(x: Tensor):
         i = indices.get(x.untyped_storage().data_ptr())
-        return x if i is None else (i, x.shape, x.stride(), x.storage_offset())
+        # Not x itself: an output that its own graph keeps would be a reference cycle.
+        return x.detach() if i is None else (i, x.shape, x.stride(), x.storage_offset())
 
     def unpack(packed):
         return packed if isinstance(packed, Tensor) else again()[packed[0]].as_strided(*packed[1:])

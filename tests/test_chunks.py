@@ -24,7 +24,7 @@ def test_load_of_64_random_documents_is_balanced_at_cp_8(seed):
     assert len({len(chunks) for chunks in partitions}) == 1  # equally many tokens each
 
 
-def test_load_of_one_causal_document_is_balanced_at_cp_8(monkeypatch, cp_group):
+def test_load_of_one_causal_document_is_balanced_at_cp_8():
     partitions, chunk_size = plan([65_536], 8)
     assert imbalance(partitions, chunk_size, [65_536]) <= 1.001
     assert chunk_size == 4096  # two per rank: the first with the last, the second with ...

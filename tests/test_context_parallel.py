@@ -109,7 +109,8 @@ def test_a_gpu_that_could_run_flash_attention_4_hears_how_to_install_it(monkeypa
     assert "pip install -r requirements-gpu.txt" in hint
     assert len(select_backend("native", 64, "float32", "cuda")[1]) == 1
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert len(select_backend("native", 64, "bfloat16", "cuda")[1]) == 1
+    _, (_, reason) = select_backend("native", 64, "bfloat16", "cuda")
+    assert "it needs Hopper or newer" in reason and "pip" not in reason
 
 
 def test_a_head_dim_that_no_kernel_takes_is_refused():

@@ -145,12 +145,13 @@ def test_flash_attention_4_is_given_the_pieces(many_tokens, causal, install, mon
 
 
 def test_a_package_that_is_absent_too_old_or_broken_is_left_alone(install):
-    assert kernels.flash_attention_4_obstacle(HD) == "it is not installed"
+    assert kernels.flash_attention_4_obstacle(HD).startswith("it is not installed; `pip install")
     for version in ("4.0.0b8", "4.0.0b35", "3.9.0"):
         install(version, **WORKING)
         assert f"version {version} is older than 4.0.0b36" in kernels.flash_attention_4_obstacle(HD)
     install("4.0.0b36")
-    assert "importing it failed" in kernels.flash_attention_4_obstacle(HD)
+    assert "importing it failed" in (obstacle := kernels.flash_attention_4_obstacle(HD))
+    assert "pip install -r requirements-gpu.txt" in obstacle
     assert select_kernel("cuda", torch.bfloat16, HD)[0].startswith("FlashAttention-2")
 
 

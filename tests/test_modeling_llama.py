@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import context_parallel
 import modeling_llama
 from configuration_llama import LLAMA_32_ROPE, PRESETS, LlamaConfig
+from context_parallel import native
 from context_parallel.native import magi_attn_varlen_key
 from modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaHead, rope_cos_sin
 
@@ -285,15 +286,33 @@ def test_an_attention_of_selective_keeps_none_of_its_inputs_and_gives_their_grad
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_an_attention_that_nobody_needs_any_more_is_freed_at_once(cp_group):
+class KeepsItsOutput(torch.autograd.Function):
+    """Stands for a GPU's kernel, whose backward takes its output. It computes nothing."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pieces):
+        out = q + 1
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, _ = ctx.saved_tensors
+        return grad, torch.zeros_like(k), torch.zeros_like(v), None
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_an_attention_that_nobody_needs_any_more_is_freed_at_once(gathers, cp_group, monkeypatch):
     """Without its backward, too: as after an error, or a forward that was for its loss alone."""
+    monkeypatch.setattr(native, "select_kernel", lambda *args: ("kernel", KeepsItsOutput.apply))
     cu_seqlens = torch.tensor([0, 64], dtype=torch.int32)
     key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, cp_group, causal=True)
-    saved = modeling_llama._Attention(*(torch.randn(64, heads, 64) for heads in (4, 2, 2)), key)
-    out = StorageWeakRef(saved.out.untyped_storage())
+    key = dataclasses.replace(key, gathers=gathers)
+    attention = modeling_llama._Attention(*(torch.randn(64, heads, 64) for heads in (4, 2, 2)), key)
+    out = StorageWeakRef(attention.out.untyped_storage())
     gc.disable()
     try:
-        del saved
+        del attention
         assert out.expired()
     finally:
         gc.enable()
