@@ -185,7 +185,10 @@ def measure(case: Case | None, arguments: list[str], warmup: int, steps: int) ->
 
 def measure_kernels(write: Callable[[dict], None]) -> None:
     """Measures each kernel that this GPU can run, with every mask, forward and backward."""
-    main.set_up([])
+    if not torch.cuda.is_available():
+        raise ValueError("--kernels needs a GPU, and none is here")
+    with tempfile.TemporaryDirectory() as folder:
+        main.set_up([f"train_config.output_dir={folder}"])
     main.init_env()
     for head_dim, (mask, (lengths, causal)) in itertools.product((64, 128), MASKS.items()):
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
@@ -260,11 +263,17 @@ def kernel_seconds(
 # ---------------------------------------------------------------------------------------------
 
 
-def newest_series(results: list[dict], field: str) -> list[dict]:
-    """Returns the lines of the newest series, and GPU, that have this field."""
-    lines = [result for result in results if field in result and "series" in result]
-    newest = [(r["series"], r["machine"]["device"]) for r in lines][-1:]
-    return [r for r in lines if [(r["series"], r["machine"]["device"])] == newest]
+def newest_series(results: list[dict], field: str, series: str | None) -> list[dict]:
+    """Returns the lines with this field of a series, or of the newest, on the machine of its last.
+
+    Raises ValueError if there is none.
+    """
+    lines = [r for r in results if field in r and "series" in r]
+    lines = [r for r in lines if series in (None, r["series"])]
+    if not lines:
+        raise ValueError(f"no results with a {field!r} in {series or 'any series'}; measure some")
+    newest = lines[-1]["series"], lines[-1]["machine"]["device"]
+    return [r for r in lines if (r["series"], r["machine"]["device"]) == newest]
 
 
 def by_case(results: list[dict]) -> dict[str, dict[str, dict]]:
@@ -317,51 +326,53 @@ def kernels_table(results: list[dict]) -> str:
 
 
 def draw(results: list[dict], plot: str) -> None:
-    """Draws a group of bars for each case: tokens/s of each backend, relative to the last one's."""
+    """Draws a group of bars for each case: tokens/s of each backend, relative to torchtitan's.
+
+    Cases that torchtitan did not run are left out, unless it ran none.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = by_case(results)
-    backends = list(dict.fromkeys(result["backend"].split()[0] for result in results))
+    cases, peer = by_case(results), "torchtitan"
+    if any(len(found) > 1 and peer in found for found in cases.values()):
+        cases = {case: found for case, found in cases.items() if len(found) > 1 and peer in found}
+    else:
+        peer = results[0]["backend"]
+    backends = list(dict.fromkeys(name for found in cases.values() for name in found))
     colors = dict(zip(backends, ("#1b6ca8", "#79b4d9", "#bbbbbb"), strict=False))
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.62 * len(cases)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.7 * len(cases)), layout="constrained")
     height = 0.8 / len(backends)
     for row, found in enumerate(cases.values()):
-        base = found.get("torchtitan", next(iter(found.values())))["tokens_per_s"]
-        for i, name in enumerate(backends):
-            if name not in found:
-                continue
-            speed, y = found[name]["tokens_per_s"], row + (i - (len(backends) - 1) / 2) * height
+        base = found.get(peer, next(iter(found.values())))["tokens_per_s"]
+        for i, (name, result) in enumerate(found.items()):
+            speed, y = result["tokens_per_s"], row + (i - (len(found) - 1) / 2) * height
             axes.barh(y, speed / base, height, color=colors[name])
             label = f"{speed / 1e3:,.1f}k" + (f"  {name}" if row == 0 else "")
-            axes.text(speed / base + 0.01, y, label, va="center", fontsize=8)
+            axes.text(speed / base + 0.01, y, label, va="center")
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
-    peer = "torchtitan" if "torchtitan" in backends else backends[0]
     axes.set_xlabel(f"tokens/s relative to {peer}; absolute at the bars")
-    device = results[-1]["machine"]["device"]
-    axes.set_title(f"Llama of 1.5 B parameters, {device}", fontsize=10)
+    axes.set_title(results[-1]["machine"]["device"])
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.14)
     figure.savefig(plot, dpi=150)
 
 
-def report(results: list[dict], plot: str) -> None:
-    """Prints the tables of the newest series, and draws its plot."""
-    if cases := newest_series(results, "case"):
-        print(table(cases))
-        draw(cases, plot)
-    if masks := newest_series(results, "kernel"):
-        print("\n" + kernels_table(masks))
+def report(results: list[dict], plot: str, series: str | None = None) -> None:
+    """Prints the tables of a series, or of the newest ones, and draws its plot."""
+    cases = newest_series(results, "case", series)
+    print(table(cases))
+    draw(cases, plot)
+    print("\n" + kernels_table(newest_series(results, "kernel", series)))
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures the cases, or the kernels, one after the other."""
 
     def write(result: dict) -> None:
-        result = {"series": options.series, **result}
+        result = {"series": options.series or str(datetime.date.today()), **result}
         with open(options.results, "a") as file:
             file.write(json.dumps(result) + "\n")
         print((table if "case" in result else kernels_table)([result]), flush=True)
@@ -402,8 +413,7 @@ if __name__ == "__main__":
     parser.add_argument("arguments", nargs="*", metavar="CASE or SECTION.KEY=VALUE")
     parser.add_argument("--steps", type=int, help="measured steps, instead of each case's own")
     parser.add_argument("--warmup", type=int, default=WARMUP_STEPS, help="steps before them")
-    today = str(datetime.date.today())
-    parser.add_argument("--series", default=today, help="a name for what is measured together")
+    parser.add_argument("--series", help="a name for what is measured together; default: the date")
     parser.add_argument("--kernels", action="store_true", help="the attention kernels, on one GPU")
     parser.add_argument("--results", default="docs/results.jsonl")
     parser.add_argument("--plot", default="docs/benchmark.png")
@@ -415,6 +425,6 @@ if __name__ == "__main__":
             leave()
         elif rank() == 0:
             with open(options.results) as file:
-                report([json.loads(line) for line in file], options.plot)
+                report([json.loads(line) for line in file], options.plot, options.series)
     except (ValueError, OSError) as error:
         exit_with(error)

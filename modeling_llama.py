@@ -145,8 +145,8 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class _Recompute(torch.autograd.Function):
-    """A decoder layer that keeps its input alone and computes the rest again in backward, but the
-    last product, whose value no gradient needs.
+    """A decoder layer that keeps only its input. Backward computes the rest again, except the
+    product of `down_proj`, whose value no gradient needs.
 
     "selective" also keeps what the attention needs for its backward except q, k and v
     (`_Attention`), and so never runs its kernel a second time. The half behind the attention,
@@ -408,7 +408,7 @@ class LlamaForCausalLM(nn.Module):
         """Runs this rank's shard.
 
         input_ids: [s], int64. position_ids: [s], the position of each token in its own document.
-        runtime_key: what the attention needs to know of the whole sequence (`context_parallel.py`).
+        runtime_key: what the attention needs to know of the whole sequence (`context_parallel/`).
         labels: [s], the token that follows, -100 where none counts.
 
         Returns logits, [s, v], or with labels the *sum* of the token losses in nats, a float32

@@ -47,9 +47,10 @@ def test_the_report_shows_the_newest_series_of_one_machine_beside_the_peer_s(tmp
         result("8k", "torchtitan a2a0d99", 66_000.0),
         {"case": "8k", "backend": "native", "tokens_per_s": 2.0},  # of a time without series
         result("8k", "magi_attention", 33_000.0),
+        kernel("FA4", "causal", 400.0),
     ]
     benchmark.report(lines, str(tmp_path / "plot.png"))
-    rows = capsys.readouterr().out.splitlines()
+    rows, kernels = (x.splitlines() for x in capsys.readouterr().out.split("\n\n"))
     assert rows[0] == (
         "| case | native, tokens/s | memory | torchtitan, tokens/s | memory "
         "| magi_attention, tokens/s | memory |"
@@ -60,18 +61,21 @@ def test_the_report_shows_the_newest_series_of_one_machine_beside_the_peer_s(tmp
         "| 32k | 60,000 (59,000 to 61,000) | 20.0 GiB |  |  |  |  |",
     ]
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert kernels[2:] == ["| causal | 500 / 400 |"]
+    with pytest.raises(ValueError, match="no results with a 'case' in 7"):
+        benchmark.report(lines, "", series="7")
+
+
+def kernel(name: str, mask: str, both: float) -> dict:
+    measured = {"kernel": name, "mask": mask, "head_dim": 64, "forward_tflops": 500.2}
+    return {"series": "1", "machine": {"device": "H100"}, **measured, "both_tflops": both}
 
 
 def test_the_table_of_kernels_has_a_row_a_mask():
-    machine = {"series": "1", "machine": {"device": "H100"}}
     lines = [
-        {**machine, "kernel": kernel, "mask": mask, "head_dim": 64, "forward_tflops": 500.2}
-        | {"both_tflops": both}
-        for kernel, mask, both in [
-            ("FA4", "causal", 400.0),
-            ("FFA", "causal", 390.0),
-            ("FA4", "full", 450.0),
-        ]
+        kernel("FA4", "causal", 400.0),
+        kernel("FFA", "causal", 390.0),
+        kernel("FA4", "full", 450.0),
     ]
     assert benchmark.kernels_table(lines).splitlines() == [
         "| mask | head_dim 64: FA4 | head_dim 64: FFA |",

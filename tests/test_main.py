@@ -57,9 +57,7 @@ def held_out(tmp_path_factory):
 
 
 def shape(tied=True, is_causal=True) -> dict:
-    """Fields that replace the preset's. Larger weights than usual: attention far from uniform.
-    Three layers: the second and the third are one FSDP group.
-    """
+    """Fields that replace the preset's. Larger weights than usual: attention far from uniform."""
     return {
         "num_hidden_layers": 3,
         "initializer_range": 0.1,
