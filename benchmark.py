@@ -32,9 +32,9 @@ from torch import Tensor
 
 import llama_pretrain_config
 import main
-import metrics
 from context_parallel import calc_attn, kernels, load_api, native, select_backend
-from process import exit_with, leave, rank
+from support import metrics
+from support.process import exit_with, leave, rank
 
 BACKEND = "parallel_config.context_parallel_backend="
 WARMUP_STEPS = 2  # compilation, FSDP's and NCCL's first time

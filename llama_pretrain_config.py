@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 data_config = dict(
-    source="python-stdlib",  # that, `random`, a folder of `data.py prepare`, or text or .bin files
+    source="python-stdlib",  # that, `random`, a prepared folder, or text or .bin files
     random_document_length=0,  # of `random`: tokens per document; 0: a row is one
     skip_undecodable=False,  # skip files that are not UTF-8, else stop; python-stdlib always skips
     end_of_text_id=50256,  # ends a document in .bin files: GPT-2's, or 128000 in llm.c's Llama 3

@@ -28,15 +28,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import checkpoint
 import context_parallel
-import metrics
-import weights
+from checkpoint import weights
 from configuration_llama import LlamaConfig
 from context_parallel.chunks import balanced_chunk_size
 from data import IGNORED_LABEL
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
-from preflight import build_llama_config, open_token_source, run_config, set_up
-from process import exit_with, leave, log, meet
+from support import metrics
+from support.preflight import build_llama_config, open_token_source, run_config, set_up
+from support.process import exit_with, leave, log, meet, restarts
 
 
 def init_env() -> None:
@@ -343,14 +343,15 @@ def train(
     and CheckpointError if what should be resumed or saved cannot be.
     """
     model.train()
-    checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config(), log)
+    config = run_config()
+    checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, config, log, restarts())
     first_iter = checkpointer.resume()
     on_gpu = torch.cuda.is_available()
     stream = torch.cuda.Stream() if on_gpu else None
     prepare = partial(prepare_step, device_mesh, model.config, stream=stream)
     eval_interval, save_seconds = train_config["eval_interval"], 0.0
     queue = deque()  # of steps that the GPU works on while the host prepares and queues the next
-    with closing(metrics.MetricsWriter(run_config(), first_iter, device_mesh.size())) as writer:
+    with closing(metrics.MetricsWriter(config, first_iter, device_mesh.size())) as writer:
         start = metrics.now()
         step = prepare(first_iter)
         for train_iter in range(first_iter, train_iters):

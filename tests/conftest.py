@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import llama_pretrain_config
-from corpus import open_corpus
 from data import RandomSource, TokenSource, open_source
+from data.corpus import open_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes

@@ -21,8 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import process
 from context_parallel import calc_attn, kernels, load_api, native
+from support import process
 
 NH, NKV = 4, 2
 NAMES = ("out", "dq", "dk", "dv")

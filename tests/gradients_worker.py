@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llama_pretrain_config
 import main
 import modeling_llama
-import process
 from data import IGNORED_LABEL
+from support import process
 
 # Small enough that a rank's tokens are several slices and a rest.
 modeling_llama.LAYER_SLICE_SIZE = 1024 if torch.cuda.is_available() else 80

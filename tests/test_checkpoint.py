@@ -18,8 +18,9 @@ from conftest import ROOT, environment, read_metrics, run
 import checkpoint
 import llama_pretrain_config
 import main
-import metrics
-from checkpoint_format import CheckpointError, Reader, checkpoints, damage, read_manifest
+from checkpoint.__main__ import inspect
+from checkpoint.format import CheckpointError, Reader, checkpoints, damage, read_manifest
+from support import metrics
 
 COMPARED = ("step", "loss", "grad_norm", "lr", "tokens")
 
@@ -438,11 +439,11 @@ def test_save_ms_is_the_time_that_training_stood_still(undisturbed):
 
 
 def test_inspect_prints_step_config_and_sizes(undisturbed, tmp_path, capsys):
-    checkpoint.inspect(str(undisturbed[2]))
+    inspect(str(undisturbed[2]))
     said = capsys.readouterr().out
     manifest = read_manifest(newest(undisturbed[2]))
     assert said.startswith(f"{newest(undisturbed[2])}: whole\nstep: {ITERS}\n")
     assert "written by: 2 processes" in said and '"seqlen": 24' in said
     assert f"on disk: {len(manifest['files'])} files" in said
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
-        checkpoint.inspect(str(tmp_path))
+        inspect(str(tmp_path))

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from conftest import open_data
 
-import corpus
 import data
 import main
-from corpus import END_OF_DOCUMENT, sha256, token_dtype
-from data import IGNORED_LABEL
+from data import IGNORED_LABEL, corpus
+from data.corpus import END_OF_DOCUMENT, sha256, token_dtype
 
 SIZES = [0, 1, 2, 5, 13, 40, 100, 333]  # bytes per document; a row below has 64 tokens
 # Document i is made of its own four letters, at random.

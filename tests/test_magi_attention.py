@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, gpus, relative_error, torchrun
 
 import context_parallel
-import preflight
+from support import preflight
 
 STAND_IN = ROOT / "tests/stand_in"
 ATTENTION_WORKER = ROOT / "tests/context_parallel_worker.py"

@@ -11,10 +11,10 @@ from conftest import ROOT, open_data, read_metrics, relative_error, torchrun
 from torch.distributed.fsdp import FSDPModule
 
 import main
+from checkpoint.weights import init_weights
 from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
 from modeling_llama import LlamaForCausalLM
-from weights import init_weights
 
 SEQLEN, BATCH_SIZE = 101, 4  # an odd length: chunks and cp ranks do not divide it, so it is padded
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (dp, cp)

@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_llama import PRESETS
-from metrics import (
+from modeling_llama import LlamaForCausalLM
+from support.metrics import (
     MetricsWriter,
     attention_area,
     peak_flops,
@@ -18,7 +19,6 @@ from metrics import (
     run_config,
     training_flops,
 )
-from modeling_llama import LlamaForCausalLM
 
 STEP = dict(
     loss=2.5,

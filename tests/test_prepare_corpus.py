@@ -1,4 +1,4 @@
-"""`data.py prepare`: what the folder holds, for every kind of input, and what is refused."""
+"""`python -m data prepare`: what the folder holds, for every kind of input, and what is refused."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ import tokenizers
 import transformers
 from conftest import ROOT, environment, open_data, run
 
-import documents
-import prepare_corpus
-from corpus import END_OF_DOCUMENT, read_prepared
-from documents import cut, read_texts
+from data import documents
+from data import prepare as prepare_corpus
+from data.corpus import END_OF_DOCUMENT, read_prepared
+from data.documents import cut, read_texts
 
 TEXTS = ["The first.\n", "", "Zwei: ü, 語, 🦙", "x" * 300, "a\r\nb\x00", "<|endoftext|> is text"]
 
@@ -296,7 +296,7 @@ def test_files_that_are_not_utf_8_can_be_left_out(tmp_path, capfd):
 def test_an_interrupted_run_leaves_no_folder_and_the_next_one_starts_clean(tmp_path, number):
     """Ended while two processes tokenize some 30 MB."""
     output = tmp_path / "out"
-    command = [sys.executable, "data.py", "prepare", "python-stdlib", "--tokenizer", "bytes"]
+    command = [sys.executable, "-m", "data", "prepare", "python-stdlib", "--tokenizer", "bytes"]
     command += ["--output", str(output), "--processes", "2"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, start_new_session=True
@@ -339,9 +339,9 @@ def test_two_at_the_same_time_do_not_mix(tmp_path):
 
 def test_the_command_line_says_what_it_did_and_what_is_missing(tmp_path):
     (tmp_path / "text.txt").write_text("text " * 100)
-    data = [sys.executable, "data.py"]
+    data = [sys.executable, "-m", "data"]
     arguments = ["prepare", tmp_path / "text.txt", "--tokenizer", "bytes", "--output"]
-    without = "import sys; sys.modules['datasets'] = None; import prepare_corpus as p; "
+    without = "import sys; sys.modules['datasets'] = None; from data import prepare as p; "
     result = run(
         sys.executable,
         "-c",

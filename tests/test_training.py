@@ -130,7 +130,7 @@ def test_a_corpus_of_ones_own_from_the_tokenizer_to_text(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     prepare = ["prepare", stdlib / "json/*.py", stdlib / "email/*.py", "--output", tmp_path / "out"]
     prepare += ["--tokenizer", tmp_path / "tokenizer.json", "--end-of-text", "<|endoftext|>"]
-    run("python", "data.py", *prepare)
+    run("python", "-m", "data", *prepare)
 
     own = [f"data_config.source={tmp_path / 'out'}", "data_config.validation_fraction=0.2"]
     own += ["train_config.train_iters=20", "train_config.eval_interval=10"]
@@ -148,7 +148,7 @@ def test_a_corpus_of_ones_own_from_the_tokenizer_to_text(tmp_path):
     assert len(losses) == 2
     assert losses[1] < losses[0] < 6.2  # ln(512) = 6.24: what is known at first
 
-    run("python", "checkpoint.py", "export", tmp_path / "run", tmp_path / "hf")
+    run("python", "-m", "checkpoint", "export", tmp_path / "run", tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     prompt = tokenizer("def __init__(self", return_tensors="pt")

@@ -9,8 +9,8 @@ import transformers
 from conftest import run
 from safetensors.torch import load_file
 
-import checkpoint
-import weights
+from checkpoint import weights
+from checkpoint.__main__ import export
 from configuration_llama import LlamaConfig
 from context_parallel.native import magi_attn_varlen_key
 from modeling_llama import LlamaForCausalLM
@@ -35,7 +35,7 @@ def our_logits(folder, tokens, cp_group):
 
 def test_an_exported_run_is_the_same_model_in_transformers(undisturbed, cp_group, tmp_path):
     folder = str(tmp_path / "hf")
-    command = ["python", "checkpoint.py", "export", undisturbed[2], folder]
+    command = ["python", "-m", "checkpoint", "export", undisturbed[2], folder]
     said = run(*command, "--max-shard-gib", "0.00005").stdout
     assert "step-00000012" in said
     assert len(list(Path(folder).glob("model-*-of-*.safetensors"))) > 2
@@ -44,7 +44,7 @@ def test_an_exported_run_is_the_same_model_in_transformers(undisturbed, cp_group
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert theirs.std() > 0.1, "trained, not zeros"
     with pytest.raises(ValueError, match="exists; give the name of a new folder"):
-        checkpoint.export(str(undisturbed[2]), folder, "float32", 5.0)
+        export(str(undisturbed[2]), folder, "float32", 5.0)
 
 
 def test_a_folder_is_needed_at_the_start_alone(tmp_path):
@@ -73,7 +73,7 @@ def test_init_from_starts_with_the_weights_of_transformers(tied, start, tmp_path
     ]
     started = start(*arguments, processes=2)
     assert started.exit_codes() == [0, 0], started.said
-    checkpoint.export(str(tmp_path / "run"), str(tmp_path / "ours"), "bfloat16", 5.0)
+    export(str(tmp_path / "run"), str(tmp_path / "ours"), "bfloat16", 5.0)
     ours = load_file(tmp_path / "ours" / "model.safetensors")
     expected = {n: p for n, p in theirs.named_parameters()}  # without the tied head
     assert ours.keys() == expected.keys() and ("lm_head.weight" in ours) is not tied

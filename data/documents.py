@@ -1,4 +1,4 @@
-"""The documents of text, JSON and parquet files, part by part, for `prepare_corpus.py`.
+"""The documents of text, JSON and parquet files, part by part, for prepare.py.
 
 Whatever is wrong with a document is a ValueError that says where it stands.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from corpus import read_text
+from .corpus import read_text
 
 PIECE_BYTES = 2**22  # of text: what a process works on at a time
 BATCH_ROWS = 64  # of parquet, read at a time

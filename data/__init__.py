@@ -1,7 +1,7 @@
 """The token stream: a batch is a pure function of (seed, step).
 
-    python data.py prepare INPUT... --tokenizer T --output DIR    # tokenizes a corpus
-    python data.py verify DIR                                     # compares it with its checksums
+    python -m data prepare INPUT... --tokenizer T --output DIR    # tokenizes a corpus
+    python -m data verify DIR                                     # compares it with its checksums
 
 The stream is endless: every epoch deals out all documents of a corpus (corpus.py) once, in an order
 of its own, one after the other. It is cut into rows of `seqlen` tokens, so that long documents are
@@ -11,12 +11,11 @@ row without having built another. Step n takes the rows from n x batch_size on.
 """
 
 import functools
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 
-from corpus import Corpus, open_corpus
+from .corpus import Corpus, open_corpus
 
 IGNORED_LABEL = -100
 WINDOW_ROWS = 2**20  # rows are shuffled within windows of so many, however long the epoch
@@ -218,9 +217,3 @@ def open_source(
         )
     description = f"{name}, {len(starts):,} documents, {num_tokens:,} tokens{corpus.note}"
     return TokenSource(corpus, starts, lengths, 0 if split == "validation" else seed, description)
-
-
-if __name__ == "__main__":
-    import prepare_corpus  # its command line; training needs neither it nor its libraries
-
-    prepare_corpus.main(sys.argv[1:])

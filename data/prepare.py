@@ -1,6 +1,6 @@
 """Tokenizes a corpus into a folder that training reads with numpy alone.
 
-    python data.py prepare 'books/*.txt' more.jsonl --tokenizer T --output DIR
+    python -m data prepare 'books/*.txt' more.jsonl --tokenizer T --output DIR
 
 An INPUT is a text file (one document), a .jsonl or .json file (a document a line, or a list of
 them), a .parquet file (a document a row), a folder or a glob of such files, `python-stdlib`, or a
@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from corpus import END_OF_DOCUMENT, find_files, read_prepared, sha256, token_dtype
-from documents import check_columns, cut, located, read_texts, text_of
+from .corpus import END_OF_DOCUMENT, find_files, read_prepared, sha256, token_dtype
+from .documents import check_columns, cut, located, read_texts, text_of
 
 ENCODED_DOCUMENTS = 64  # that a tokenizer gets at a time
 
@@ -308,7 +308,9 @@ def _fsync(path: str) -> None:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="tokenize a corpus")

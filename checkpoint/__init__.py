@@ -1,13 +1,12 @@
 """Checkpoints: save, and resume on any layout.
 
-    python checkpoint.py inspect RUN_OR_STEP            # is it whole? its step, sizes and config
-    python checkpoint.py export RUN_OR_STEP OUT_DIR     # a folder for transformers' from_pretrained
+    python -m checkpoint inspect RUN_OR_STEP          # is it whole? its step, sizes and config
+    python -m checkpoint export RUN_OR_STEP OUT_DIR   # a folder for transformers' from_pretrained
 
 RUN_OR_STEP is a run's output_dir, for its newest checkpoint, or one `step-00000100` in it.
-checkpoint_format.py has what such a folder consists of, and how it is written.
+format.py has what such a folder consists of, and how it is written.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -27,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.lr_scheduler import LambdaLR
 
-import weights
-from checkpoint_format import (
+from . import weights
+from .format import (
     CheckpointError,
     Reader,
     Writer,
@@ -37,26 +36,24 @@ from checkpoint_format import (
     read_manifest,
     remove_leftovers,
 )
-from configuration_llama import LlamaConfig
-from process import restarts
 
 # What a run may not change when it goes on: it would not be the same run. All else may differ.
 FIXED = ("data", "llama_config.", "train_config.seed")
 
 
-def find(config: dict[str, Any]) -> list[str]:
+def find(config: dict[str, Any], restarts: int) -> list[str]:
     """Returns the checkpoints from which a run may go on, the best first; none to start anew.
 
-    config: the run's; `train_config.resume` says what is asked for. A restart by torchrun goes on
-    from what the run itself has saved, whatever was asked for at its start.
+    config: the run's; `train_config.resume` says what is asked for. restarts: how often torchrun
+    started the run again. A restarted run resumes from its own checkpoints, whatever was asked for.
     Raises CheckpointError where that would lose or mix up what is there.
     """
     resume, output_dir = config["train_config"]["resume"], config["train_config"]["output_dir"]
     own = checkpoints(output_dir)
-    if resume == "auto" or (restarts() and own):
+    if resume == "auto" or (restarts and own):
         return own
     if resume == "never":
-        if not restarts() and (own or os.path.exists(os.path.join(output_dir, "metrics.jsonl"))):
+        if not restarts and (own or os.path.exists(os.path.join(output_dir, "metrics.jsonl"))):
             raise CheckpointError(
                 f"train_config.resume='never', but train_config.output_dir={output_dir!r} holds a "
                 f"run; give another output_dir, remove this one, or go on with resume='auto'"
@@ -76,12 +73,12 @@ def find(config: dict[str, Any]) -> list[str]:
     return found
 
 
-def check_resume(config: dict[str, Any]) -> None:
+def check_resume(config: dict[str, Any], restarts: int = 0) -> None:
     """Raises CheckpointError if a run of this config cannot go on from what is there.
 
     It reads manifests alone.
     """
-    for path in find(config):
+    for path in find(config, restarts):
         try:
             manifest = read_manifest(path)
         except CheckpointError:
@@ -138,12 +135,13 @@ class Checkpointer:
         lr_scheduler: LambdaLR,
         config: dict[str, Any],
         log: Callable[[str], None],
+        restarts: int = 0,
     ) -> None:
         """config: the resolved sections, `llama_config` and `machine`. log: prints on rank 0 alone.
-        A collective over all ranks, like all methods.
+        restarts: of `find`. A collective over all ranks, like all methods.
         """
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
-        self.config, self.log = config, log
+        self.config, self.log, self.restarts = config, log, restarts
         self.train_config = config["train_config"]
         self.writer = Writer(self.train_config["keep_last"])
         # A group of its own: DCP's thread talks on it while the training talks on the others. Gloo,
@@ -181,7 +179,7 @@ class Checkpointer:
         found = [None]
         if rank == 0:
             remove_leftovers(self.train_config["output_dir"])
-            found = [find(self.config)]
+            found = [find(self.config, self.restarts)]
         dist.broadcast_object_list(found, group=self.group)
         problems = [""] * world_size
         for path in found[0]:
@@ -325,63 +323,3 @@ def newest_whole(path: str) -> str:
             return checkpoint
         print(f"warning: {checkpoint} is damaged and skipped: {problem}", file=sys.stderr)
     raise CheckpointError(f"{path!r} holds no whole checkpoint")
-
-
-def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
-    """Writes the weights of a checkpoint as a Hugging Face folder."""
-    path = newest_whole(path)
-    config = read_manifest(path)["config"]
-    saved = Reader(path).read_metadata().state_dict_metadata
-    sizes = {k.partition(".")[2]: x.size for k, x in saved.items() if k.startswith("model.")}
-
-    def fill(weights: dict[str, torch.Tensor]) -> None:
-        dcp.load({"model": weights}, storage_reader=Reader(path), no_dist=True)
-
-    files = weights.write_folder(
-        out_dir,
-        LlamaConfig(**config["llama_config"]),
-        sizes,
-        fill,
-        getattr(torch, dtype),
-        int(max_shard_gib * 2**30),
-    )
-    print(f"{path} -> {out_dir}: {len(sizes)} tensors in {dtype}, {files} files")
-
-
-def inspect(path: str) -> None:
-    """Prints a checkpoint's step, versions, sizes and config, after reading all of it."""
-    path = newest_whole(path)
-    manifest = read_manifest(path)
-    saved = Reader(path).read_metadata().state_dict_metadata
-    print(
-        f"{path}: whole\nstep: {manifest['step']}\nwritten by: {manifest['world_size']} processes"
-    )
-    for part in ("model", "optimizer", "rng"):
-        tensors = [x for name, x in saved.items() if name.startswith(f"{part}.")]
-        size = sum(x.size.numel() * x.properties.dtype.itemsize for x in tensors)
-        print(f"{part}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")
-    files = manifest["files"].values()
-    print(f"on disk: {len(files)} files, {sum(size for size, _ in files) / 1e6:,.1f} MB")
-    print(json.dumps(manifest["config"], indent=2))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("inspect").add_argument("path", metavar="RUN_OR_STEP")
-    exporting = commands.add_parser("export")
-    exporting.add_argument("path", metavar="RUN_OR_STEP")
-    exporting.add_argument("out_dir", metavar="OUT_DIR")
-    exporting.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    exporting.add_argument("--max-shard-gib", type=float, default=5.0)
-    options = vars(parser.parse_args())
-    try:
-        {"inspect": inspect, "export": export}[options.pop("command")](**options)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,13 +14,14 @@ import torch
 import checkpoint
 import context_parallel
 import llama_pretrain_config
-import metrics
-import weights
+from checkpoint import weights
 from configuration_llama import LlamaConfig
 from data import RandomSource, TokenSource, open_source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
-from process import log, take_output_dir
+
+from . import metrics
+from .process import log, restarts, take_output_dir
 
 
 def build_llama_config() -> LlamaConfig:
@@ -106,7 +107,7 @@ def set_up(arguments: list[str]) -> None:
         with torch.device("meta"):
             weights.check_weights(LlamaForCausalLM(config), model_config["init_from"])
     take_output_dir(train_config["output_dir"])
-    checkpoint.check_resume(run_config())
+    checkpoint.check_resume(run_config(), restarts())
 
     for line in notes:
         log(line)

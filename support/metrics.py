@@ -1,6 +1,6 @@
 """What a run says of itself: its log line, `metrics.jsonl`, TensorBoard, FLOPs, and loss curves.
 
-    python metrics.py RUN [RUN ...] --output loss.png
+    python -m support.metrics RUN [RUN ...] --output loss.png
 
 draws the loss of runs (folders that hold a metrics.jsonl) into one picture.
 """
@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configuration_llama import LlamaConfig
-from process import Watchdog, log, rank
+
+from .process import Watchdog, log, rank
 
 # Dense bf16 FLOP/s by words of `torch.cuda.get_device_name()`, NVIDIA's data sheets; first match.
 PEAK_FLOPS = {
@@ -370,7 +371,9 @@ def plot(runs: list[str], output: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m support.metrics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--output", default="loss.png")

@@ -1,7 +1,7 @@
 """Corpora: many documents, each a run of tokens, from text, prepared folders and token files.
 
-Text is its UTF-8 bytes, tokens 0 to 255, and 256 ends a document. A folder that `data.py prepare`
-wrote and token files of nanoGPT and llm.c are memory-mapped.
+Text is its UTF-8 bytes, tokens 0 to 255, and 256 ends a document. A folder of
+`python -m data prepare` and token files of nanoGPT and llm.c are memory-mapped.
 """
 
 import functools
@@ -133,7 +133,7 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
 
 
 def read_prepared(folder: str, checked_bytes: float) -> Corpus:
-    """Maps a folder that `data.py prepare` wrote.
+    """Maps a folder that `python -m data prepare` wrote.
 
     checked_bytes: the size of files above which the checksum is not compared.
     Raises ValueError where the files do not fit `meta.json`.

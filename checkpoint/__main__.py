@@ -1,0 +1,81 @@
+"""Commands for checkpoints.
+
+    python -m checkpoint inspect RUN_OR_STEP          # is it whole? its step, sizes and config
+    python -m checkpoint export RUN_OR_STEP OUT_DIR   # a folder for transformers' from_pretrained
+
+RUN_OR_STEP is a run's output_dir, for its newest checkpoint, or one `step-00000100` in it.
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from configuration_llama import LlamaConfig
+
+from . import newest_whole, weights
+from .format import Reader, read_manifest
+
+
+def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
+    """Writes the weights of a checkpoint as a Hugging Face folder."""
+    path = newest_whole(path)
+    config = read_manifest(path)["config"]
+    saved = Reader(path).read_metadata().state_dict_metadata
+    sizes = {k.partition(".")[2]: x.size for k, x in saved.items() if k.startswith("model.")}
+
+    def fill(weights: dict[str, torch.Tensor]) -> None:
+        dcp.load({"model": weights}, storage_reader=Reader(path), no_dist=True)
+
+    files = weights.write_folder(
+        out_dir,
+        LlamaConfig(**config["llama_config"]),
+        sizes,
+        fill,
+        getattr(torch, dtype),
+        int(max_shard_gib * 2**30),
+    )
+    print(f"{path} -> {out_dir}: {len(sizes)} tensors in {dtype}, {files} files")
+
+
+def inspect(path: str) -> None:
+    """Prints a checkpoint's step, versions, sizes and config, after reading all of it."""
+    path = newest_whole(path)
+    manifest = read_manifest(path)
+    saved = Reader(path).read_metadata().state_dict_metadata
+    print(
+        f"{path}: whole\nstep: {manifest['step']}\nwritten by: {manifest['world_size']} processes"
+    )
+    for part in ("model", "optimizer", "rng"):
+        tensors = [x for name, x in saved.items() if name.startswith(f"{part}.")]
+        size = sum(x.size.numel() * x.properties.dtype.itemsize for x in tensors)
+        print(f"{part}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+    files = manifest["files"].values()
+    print(f"on disk: {len(files)} files, {sum(size for size, _ in files) / 1e6:,.1f} MB")
+    print(json.dumps(manifest["config"], indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("inspect").add_argument("path", metavar="RUN_OR_STEP")
+    exporting = commands.add_parser("export")
+    exporting.add_argument("path", metavar="RUN_OR_STEP")
+    exporting.add_argument("out_dir", metavar="OUT_DIR")
+    exporting.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    exporting.add_argument("--max-shard-gib", type=float, default=5.0)
+    options = vars(parser.parse_args())
+    try:
+        {"inspect": inspect, "export": export}[options.pop("command")](**options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""`python -m data prepare|verify`."""
+
+import sys
+
+from .prepare import main
+
+main(sys.argv[1:])
