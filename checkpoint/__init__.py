@@ -91,7 +91,7 @@ def _changes(path: str, manifest: dict[str, Any], config: dict[str, Any]) -> lis
     """Returns a line for each key whose value is not the checkpoint's. Raises CheckpointError for
     one that may not change. Keys that only one of the two has are of another version: left out.
     """
-    lines = []
+    lines, changed = [], []
     for key, saved, asked in _differences(manifest["config"], json.loads(json.dumps(config))):
         if key.startswith(FIXED):
             raise CheckpointError(
@@ -99,10 +99,19 @@ def _changes(path: str, manifest: dict[str, Any], config: dict[str, Any]) -> lis
                 f"that; set it back, or give another train_config.output_dir"
             )
         lines.append(f"resume: {key} {saved!r} -> {asked!r}")
-    if manifest["step"] > config["train_config"]["train_iters"]:
+        if not key.startswith(("machine.", "train_config.output_dir", "train_config.resume")):
+            changed.append(f"{key}={asked!r} (was {saved!r})")
+    train_iters = config["train_config"]["train_iters"]
+    if manifest["step"] > train_iters:
         raise CheckpointError(
-            f"train_config.train_iters={config['train_config']['train_iters']}, but {path} is "
-            f"beyond it; give more steps, or another train_config.output_dir"
+            f"train_config.train_iters={train_iters}, but {path} is beyond it; give more steps, or "
+            f"another train_config.output_dir"
+        )
+    if manifest["step"] == train_iters and changed:
+        raise CheckpointError(
+            f"{path} has all {train_iters} steps, so {', '.join(changed)} would train nothing; "
+            f"give a train_config.output_dir other than {config['train_config']['output_dir']!r}, "
+            f"or more train_config.train_iters"
         )
     return lines
 
