@@ -353,7 +353,7 @@ def train(
     queue = deque()  # of steps that the GPU works on while the host prepares and queues the next
     with closing(metrics.MetricsWriter(config, first_iter, device_mesh.size())) as writer:
         start = metrics.now()
-        step = prepare(first_iter)
+        step = prepare(first_iter) if first_iter < train_iters else None
         for train_iter in range(first_iter, train_iters):
             record = dict(
                 step=train_iter + 1,
@@ -370,10 +370,10 @@ def train(
             # it again while the kernels still read it.
             queue.append((record, step, results, metrics.now()))
             writer.step_is_queued()
-            step = prepare(train_iter + 1)
+            is_last = train_iter + 1 == train_iters
+            step = None if is_last else prepare(train_iter + 1)
             stop = checkpointer.is_any_stopping()  # so that all ranks leave after the same step
 
-            is_last = train_iter + 1 == train_iters
             evaluates = eval_interval and (is_last or (train_iter + 1) % eval_interval == 0)
             due = is_last or evaluates or checkpointer.is_due(train_iter + 1, stop)
             while len(queue) > (1 if on_gpu and not due else 0):
