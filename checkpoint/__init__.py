@@ -39,6 +39,8 @@ from .format import (
 
 # What a run may not change when it goes on: it would not be the same run. All else may differ.
 FIXED = ("data", "llama_config.", "train_config.seed")
+# Where a run is, which does not change what it trains.
+ELSEWHERE = ("machine.", "train_config.output_dir", "train_config.resume")
 
 
 def find(config: dict[str, Any], restarts: int) -> list[str]:
@@ -87,33 +89,26 @@ def check_resume(config: dict[str, Any], restarts: int = 0) -> None:
         return
 
 
-def _changes(path: str, manifest: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """Returns a line for each key whose value is not the checkpoint's. Raises CheckpointError for
-    one that may not change. Keys that only one of the two has are of another version: left out.
+def _changes(
+    path: str, manifest: dict[str, Any], config: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Returns (key, saved value, asked value) where the config is not the checkpoint's. Raises
+    CheckpointError for a key that may not change. Keys that only one of the two has are of another
+    version: left out.
     """
-    lines, changed = [], []
-    for key, saved, asked in _differences(manifest["config"], json.loads(json.dumps(config))):
+    changes = list(_differences(manifest["config"], json.loads(json.dumps(config))))
+    for key, saved, asked in changes:
         if key.startswith(FIXED):
             raise CheckpointError(
                 f"{key}={asked!r}, but {path} was trained with {saved!r}, and a run may not change "
                 f"that; set it back, or give another train_config.output_dir"
             )
-        lines.append(f"resume: {key} {saved!r} -> {asked!r}")
-        if not key.startswith(("machine.", "train_config.output_dir", "train_config.resume")):
-            changed.append(f"{key}={asked!r} (was {saved!r})")
-    train_iters = config["train_config"]["train_iters"]
-    if manifest["step"] > train_iters:
+    if manifest["step"] > config["train_config"]["train_iters"]:
         raise CheckpointError(
-            f"train_config.train_iters={train_iters}, but {path} is beyond it; give more steps, or "
-            f"another train_config.output_dir"
+            f"train_config.train_iters={config['train_config']['train_iters']}, but {path} is "
+            f"beyond it; give more steps, or another train_config.output_dir"
         )
-    if manifest["step"] == train_iters and changed:
-        raise CheckpointError(
-            f"{path} has all {train_iters} steps, so {', '.join(changed)} would train nothing; "
-            f"give a train_config.output_dir other than {config['train_config']['output_dir']!r}, "
-            f"or more train_config.train_iters"
-        )
-    return lines
+    return changes
 
 
 def _differences(saved: dict, asked: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -197,10 +192,18 @@ class Checkpointer:
                 self.log(f"warning: {path} is damaged and skipped: {max(problems)}")
                 continue
             manifest = read_manifest(path)
-            for line in _changes(path, manifest, self.config):
-                self.log(line)
-            self._load(path, manifest)
+            changes = _changes(path, manifest, self.config)
+            for key, saved, asked in changes:
+                self.log(f"resume: {key} {saved!r} -> {asked!r}")
             step, train_iters = manifest["step"], self.train_config["train_iters"]
+            changed = [key for key, *_ in changes if not key.startswith(ELSEWHERE)]
+            if step == train_iters and changed:
+                raise CheckpointError(
+                    f"{path} has all {train_iters} steps, so a change of {', '.join(changed)} "
+                    f"would train nothing; give more train_config.train_iters, or an output_dir "
+                    f"other than {self.train_config['output_dir']!r}"
+                )
+            self._load(path, manifest)
             done = "; all its steps are done" if step == train_iters else ""
             self.log(f"resume: {path}, step {step} of {train_iters}{done}")
             return step
