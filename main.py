@@ -40,16 +40,16 @@ from support.process import exit_with, leave, log, meet, restarts
 
 
 def init_env() -> None:
-    """Joins the launcher's process group; a single process makes one of its own.
+    """Joins the launcher's process group. A single process makes one of its own.
 
-    With GPUs it is NCCL on the GPU that LOCAL_RANK says, and gloo for what is on the CPU: what the
-    ranks tell each other of the next step does not queue up behind this step's kernels.
+    A GPU, chosen by LOCAL_RANK, uses NCCL. CPU tensors use gloo, which keeps CPU collectives for
+    the next step from queuing behind this step's kernels.
     """
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
-    # Longer than the watchdog of a step waits, which can say more.
+    # Twice as long as the watchdog of a step, whose message says more.
     timeout = timedelta(seconds=2 * train_config["step_timeout"])
     store, rank, world_size = meet(timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
@@ -77,18 +77,18 @@ def build_llama_model() -> LlamaForCausalLM:
 
 
 def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
-    """Shards the decoder layers, and the root with what is left, over the 1-D dp_cp mesh.
+    """Shards every decoder layer, the head, and all other parameters over the 1-D dp_cp mesh.
 
-    Context parallelism gives each rank other tokens of a sequence just as data parallelism gives it
-    other sequences, so to FSDP both are one. A tied embedding and head stay together in the root's
-    group: two groups would split the weight in two, and its gradients with it. A head of its own
-    is a group, so that its gradients are reduced while the layers' backward runs.
+    A cp rank has other tokens just as a dp rank has, so FSDP treats both alike. A tied embedding and
+    head stay in the root's group: two groups would hold two copies, and each would get a part of the
+    gradients. An untied head is a group, so that its gradients are reduced during the layers'
+    backward.
 
-    Recomputation says that memory is short: layers are then gathered once more for backward.
-    Without it they stay whole from forward to backward.
+    With recomputation, memory is short: layers are gathered again for backward. Without it, they
+    stay gathered from forward to backward.
 
-    The weights are float32 and gradients are added in float32, whatever the compute type.
-    cast_forward_inputs=False: FSDP's cast would try to copy the runtime key, which cannot be.
+    Weights and the reduction of gradients are float32, whatever the compute type.
+    cast_forward_inputs=False, since FSDP's cast fails to copy the runtime key.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, train_config["dtype"]),

@@ -37,9 +37,9 @@ from .format import (
     remove_leftovers,
 )
 
-# What a run may not change when it goes on: it would not be the same run. All else may differ.
+# Keys that may not change on resume: it would be another run. All others may.
 FIXED = ("data", "llama_config.", "train_config.seed")
-# Where a run is, which does not change what it trains.
+# Keys that say where a run is. They do not change its training.
 ELSEWHERE = ("machine.", "train_config.output_dir", "train_config.resume")
 
 
@@ -78,7 +78,7 @@ def find(config: dict[str, Any], restarts: int) -> list[str]:
 def check_resume(config: dict[str, Any], restarts: int = 0) -> None:
     """Raises CheckpointError if a run of this config cannot go on from what is there.
 
-    It reads manifests alone.
+    It reads only manifests.
     """
     for path in find(config, restarts):
         try:
@@ -141,7 +141,7 @@ class Checkpointer:
         log: Callable[[str], None],
         restarts: int = 0,
     ) -> None:
-        """config: the resolved sections, `llama_config` and `machine`. log: prints on rank 0 alone.
+        """config: the resolved sections, `llama_config` and `machine`. log: prints on rank 0 only.
         restarts: of `find`. A collective over all ranks, like all methods.
         """
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler

@@ -127,7 +127,7 @@ class Writer(dcp.FileSystemWriter):
         # which is kept for the next.
         super().__init__("", cache_staged_state_dict=torch.cuda.is_available())
         self.keep_last = keep_last
-        self.manifest: dict[str, Any] = {}  # of the next checkpoint, but for its files
+        self.manifest: dict[str, Any] = {}  # of the next checkpoint, without its files
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
         """Writes and fsyncs this rank's file; returns DCP's results and the file's fingerprint."""
@@ -180,7 +180,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads tensors alone (torch.load with weights_only), and of the pickle DCP's records alone."""
+    """Reads only tensors (torch.load with weights_only) and, from the pickle, only DCP's records."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         with open(self.path / ".metadata", "rb") as file:

@@ -11,9 +11,9 @@ T is `bytes`, a tokenizer.json, or what transformers.AutoTokenizer takes: a fold
 Every document is followed by the end-of-text token; no other special token is added, and one that
 is spelled out in a text is text.
 
-DIR then holds tokens.bin, offsets.bin, meta.json and, but for `bytes`, the tokenizer. It is
-written as DIR.partial and renamed when it is whole; what an interrupted run left there is removed
-by the next.
+DIR then holds tokens.bin, offsets.bin, meta.json and, except for `bytes`, the tokenizer. It is
+written as DIR.partial and renamed when it is complete. The next run removes an interrupted one's
+DIR.partial.
 """
 
 import argparse

@@ -21,7 +21,7 @@ def rank() -> int:
 
 
 def log(message: str) -> None:
-    """Prints on rank 0 alone."""
+    """Prints on rank 0 only."""
     if rank() == 0:
         print(message, flush=True)
 
