@@ -79,8 +79,8 @@ def build_llama_model() -> LlamaForCausalLM:
 def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
     """Shards every decoder layer, the head, and all other parameters over the 1-D dp_cp mesh.
 
-    A cp rank has other tokens just as a dp rank has, so FSDP treats both alike. A tied embedding and
-    head stay in the root's group: two groups would hold two copies, and each would get a part of the
+    A cp rank has other tokens just as a dp rank has, so FSDP treats both alike. A tied embedding
+    and head stay in the root's group: two groups would hold two copies, each with a part of the
     gradients. An untied head is a group, so that its gradients are reduced during the layers'
     backward.
 

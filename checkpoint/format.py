@@ -180,7 +180,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads only tensors (torch.load with weights_only) and, from the pickle, only DCP's records."""
+    """Reads only tensors (torch.load with weights_only); of the pickle, only DCP's records."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         with open(self.path / ".metadata", "rb") as file:
