@@ -243,8 +243,9 @@ def kernel_seconds(
     """Returns how long an attention takes, forward, and forward and backward, each time."""
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats)]
-    for start, middle, end in [events[0], events[0], *events]:  # the first two prepare kernels
-        if start is events[0][0]:  # other work first, so that the host runs ahead of the GPU
+    warm_up = [events[0]] * 2  # prepares the kernels
+    for i, (start, middle, end) in enumerate([*warm_up, *events]):
+        if i == len(warm_up):  # other work first, so that the host runs ahead of the GPU
             for _ in range(40):
                 torch.mm(matrix, matrix)
         qkv = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -413,7 +414,7 @@ if __name__ == "__main__":
     parser.add_argument("arguments", nargs="*", metavar="CASE or SECTION.KEY=VALUE")
     parser.add_argument("--steps", type=int, help="measured steps, instead of each case's own")
     parser.add_argument("--warmup", type=int, default=WARMUP_STEPS, help="steps before them")
-    parser.add_argument("--series", help="a name for what is measured together; default: the date")
+    parser.add_argument("--series", help="a name for lines measured together (default: the date)")
     parser.add_argument("--kernels", action="store_true", help="the attention kernels, on one GPU")
     parser.add_argument("--results", default="docs/results.jsonl")
     parser.add_argument("--plot", default="docs/benchmark.png")

@@ -1,10 +1,7 @@
 """Checkpoints: save, and resume on any layout.
 
-    python -m checkpoint inspect RUN_OR_STEP          # is it whole? its step, sizes and config
-    python -m checkpoint export RUN_OR_STEP OUT_DIR   # a folder for transformers' from_pretrained
-
-RUN_OR_STEP is a run's output_dir, for its newest checkpoint, or one `step-00000100` in it.
-format.py has what such a folder consists of, and how it is written.
+format.py defines the files of a checkpoint and how they are written. __main__.py has the commands
+`inspect` and `export`.
 """
 
 import json
@@ -46,9 +43,9 @@ ELSEWHERE = ("machine.", "train_config.output_dir", "train_config.resume")
 def find(config: dict[str, Any], restarts: int) -> list[str]:
     """Returns the checkpoints from which a run may go on, the best first; none to start anew.
 
-    config: the run's; `train_config.resume` says what is asked for. restarts: how often torchrun
-    started the run again. A restarted run resumes from its own checkpoints, whatever was asked for.
-    Raises CheckpointError where that would lose or mix up what is there.
+    config: the run's, with `train_config.resume`. restarts: how often torchrun started the run
+    again; a restarted run ignores `resume` and takes its own checkpoints.
+    Raises CheckpointError if resuming would lose or mix up files in output_dir.
     """
     resume, output_dir = config["train_config"]["resume"], config["train_config"]["output_dir"]
     own = checkpoints(output_dir)

@@ -1,4 +1,4 @@
-"""What comes before a run: its config, backend and data, and whatever is wrong with them."""
+"""Before a run: resolves its config, chooses the backend, opens the data, and reports errors."""
 
 import fnmatch
 import glob

@@ -1,6 +1,7 @@
 """What several test files use: a process group of one, torchrun, and comparing tensors."""
 
 import copy
+import importlib.metadata
 import json
 import os
 import signal
@@ -158,6 +159,11 @@ def open_data(
 
 def read_metrics(output_dir) -> list[dict]:
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").open()]
+
+
+def no_such_package(name: str) -> str:
+    """Takes the place of `importlib.metadata.version` where nothing is to be installed."""
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, no_such_package
 
 from context_parallel import kernels, select_backend
 
@@ -14,16 +14,12 @@ from context_parallel import kernels, select_backend
 # seen in the one that PyPI has under the name magi_attention, version 0.0.1.
 
 
-def absent(name: str) -> str:
-    raise importlib.metadata.PackageNotFoundError(name)
-
-
 @pytest.fixture(autouse=True)
 def a_hopper(monkeypatch):
     """Every GPU is a Hopper, without FlashAttention-4."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(importlib.metadata, "version", no_such_package)
     kernels.select_kernel.cache_clear()
     yield
     kernels.select_kernel.cache_clear()

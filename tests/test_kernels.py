@@ -12,7 +12,7 @@ import types
 import pytest
 import reference
 import torch
-from conftest import relative_error
+from conftest import no_such_package, relative_error
 
 from context_parallel import kernels
 from context_parallel.kernels import Pieces, select_kernel
@@ -117,10 +117,6 @@ def install(monkeypatch):
     return installed
 
 
-def absent(name: str) -> str:
-    raise importlib.metadata.PackageNotFoundError(name)
-
-
 @pytest.mark.parametrize("version", ["4.0.0b36", "4.0.0b100", "4.0.0", "4.1.0b2"])
 def test_flash_attention_4_is_taken_where_it_is_new_enough(version, install):
     install(version, **WORKING)
@@ -149,7 +145,7 @@ def test_flash_attention_4_is_given_the_pieces(many_tokens, causal, install, mon
 
 
 def test_a_package_that_is_absent_too_old_or_broken_is_left_alone(install, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(importlib.metadata, "version", no_such_package)
     assert kernels.flash_attention_4_obstacle(HD).startswith("it is not installed; `pip install")
     for version in ("4.0.0b8", "4.0.0b35", "3.9.0"):
         install(version, **WORKING)
