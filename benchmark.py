@@ -30,11 +30,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import llama_pretrain_config
 import main
 from context_parallel import calc_attn, kernels, load_api, native, select_backend
-from support import metrics
-from support.process import exit_with, leave, rank
+from support import config, metrics, report
+from support.process import end_process, exit_with, rank
 
 BACKEND = "parallel_config.context_parallel_backend="
 WARMUP_STEPS = 2  # compilation, FSDP's and NCCL's first time
@@ -144,7 +143,7 @@ def measure(case: Case | None, arguments: list[str], warmup: int, steps: int) ->
         if case and case.documents == RANDOM_DOCUMENTS:
             write_random_documents(Path(folder) / RANDOM_DOCUMENTS, vocab_size=128_256)
         of_case = overrides(case, folder) if case else ["data_config.source=random"]
-        main.set_up([*fixed, *of_case, *arguments])
+        sources = main.set_up([*fixed, *of_case, *arguments])
         if not dist.is_initialized():
             main.init_env()
         device_mesh = main.build_mesh()
@@ -153,7 +152,7 @@ def measure(case: Case | None, arguments: list[str], warmup: int, steps: int) ->
             torch.cuda.reset_peak_memory_stats()
         model = main.parallelize_model(main.build_llama_model(), device_mesh)
         optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
-        main.train(model, optimizer, lr_scheduler, device_mesh, train_iters)
+        main.train(model, optimizer, lr_scheduler, device_mesh, sources, train_iters)
         records = []
         if rank() == 0:
             with open(f"{folder}/run/metrics.jsonl") as file:
@@ -174,7 +173,7 @@ def measure(case: Case | None, arguments: list[str], warmup: int, steps: int) ->
         "loss": records[-1]["loss"],
         "world_size": dist.get_world_size(),
         "machine": metrics.describe_machine(),
-        "config": copy.deepcopy(llama_pretrain_config.sections()),
+        "config": copy.deepcopy(config.sections()),
     }
 
 
@@ -260,113 +259,8 @@ def kernel_seconds(
 
 
 # ---------------------------------------------------------------------------------------------
-# The report
+# The command line
 # ---------------------------------------------------------------------------------------------
-
-
-def newest_series(results: list[dict], field: str, series: str | None) -> list[dict]:
-    """Returns the lines with this field of a series, or of the newest, on the machine of its last.
-
-    Raises ValueError if there is none.
-    """
-    lines = [r for r in results if field in r and "series" in r]
-    lines = [r for r in lines if series in (None, r["series"])]
-    if not lines:
-        raise ValueError(f"no results with a {field!r} in {series or 'any series'}; measure some")
-    newest = lines[-1]["series"], lines[-1]["machine"]["device"]
-    return [r for r in lines if (r["series"], r["machine"]["device"]) == newest]
-
-
-def by_case(results: list[dict]) -> dict[str, dict[str, dict]]:
-    """Returns {case: {backend: its last result}}, in the order of CASES."""
-    order, found = list(CASES), {}
-    for result in sorted(
-        results, key=lambda r: order.index(r["case"]) if r["case"] in order else 99
-    ):
-        found.setdefault(result["case"], {})[result["backend"].split()[0]] = result
-    return found
-
-
-def table(results: list[dict]) -> str:
-    """Returns the results in Markdown, a row a case."""
-    backends = list(dict.fromkeys(result["backend"].split()[0] for result in results))
-    lines = [
-        "| case | " + " | ".join(f"{name}, tokens/s | memory" for name in backends) + " |",
-        "| --- " * (1 + 2 * len(backends)) + "|",
-    ]
-    for case, found in by_case(results).items():
-        cells = [case]
-        peer = found.get("torchtitan", {}).get("tokens_per_s")
-        for name in backends:
-            if not (result := found.get(name)):
-                cells += ["", ""]
-                continue
-            low, high = result["tokens_per_s_range"]
-            ratio = (
-                f", {result['tokens_per_s'] / peer:.2f}" if peer and name != "torchtitan" else ""
-            )
-            cells.append(f"{result['tokens_per_s']:,.0f} ({low:,.0f} to {high:,.0f}){ratio}")
-            cells.append(f"{result['peak_memory_gib']:.1f} GiB")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def kernels_table(results: list[dict]) -> str:
-    """Returns TFLOP/s in Markdown: a row a mask, forward / forward and backward."""
-    columns = list(dict.fromkeys((r["head_dim"], r["kernel"]) for r in results))
-    found = {(r["mask"], r["head_dim"], r["kernel"]): r for r in results}
-    lines = [
-        "| mask | " + " | ".join(f"head_dim {hd}: {kernel}" for hd, kernel in columns) + " |",
-        "| --- " * (1 + len(columns)) + "|",
-    ]
-    for mask in dict.fromkeys(r["mask"] for r in results):
-        cells = [found.get((mask, *column)) for column in columns]
-        shown = [f"{r['forward_tflops']:.0f} / {r['both_tflops']:.0f}" if r else "" for r in cells]
-        lines.append(f"| {mask} | {' | '.join(shown)} |")
-    return "\n".join(lines)
-
-
-def draw(results: list[dict], plot: str) -> None:
-    """Draws a group of bars for each case: tokens/s of each backend, relative to torchtitan's.
-
-    Cases that torchtitan did not run are left out, unless it ran none.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cases, peer = by_case(results), "torchtitan"
-    if any(len(found) > 1 and peer in found for found in cases.values()):
-        cases = {case: found for case, found in cases.items() if len(found) > 1 and peer in found}
-    else:
-        peer = results[0]["backend"]
-    backends = list(dict.fromkeys(name for found in cases.values() for name in found))
-    colors = dict(zip(backends, ("#1b6ca8", "#79b4d9", "#bbbbbb"), strict=False))
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.7 * len(cases)), layout="constrained")
-    height = 0.8 / len(backends)
-    for row, found in enumerate(cases.values()):
-        base = found.get(peer, next(iter(found.values())))["tokens_per_s"]
-        for i, (name, result) in enumerate(found.items()):
-            speed, y = result["tokens_per_s"], row + (i - (len(found) - 1) / 2) * height
-            axes.barh(y, speed / base, height, color=colors[name])
-            label = f"{speed / 1e3:,.1f}k" + (f"  {name}" if row == 0 else "")
-            axes.text(speed / base + 0.01, y, label, va="center")
-    axes.set_yticks(range(len(cases)), cases)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"tokens/s relative to {peer}; absolute at the bars")
-    axes.set_title(results[-1]["machine"]["device"])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.14)
-    figure.savefig(plot, dpi=150)
-
-
-def report(results: list[dict], plot: str, series: str | None = None) -> None:
-    """Prints the tables of a series, or of the newest ones, and draws its plot."""
-    cases = newest_series(results, "case", series)
-    print(table(cases))
-    draw(cases, plot)
-    print("\n" + kernels_table(newest_series(results, "kernel", series)))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -376,7 +270,8 @@ def run(options: argparse.Namespace) -> None:
         result = {"series": options.series or str(datetime.date.today()), **result}
         with open(options.results, "a") as file:
             file.write(json.dumps(result) + "\n")
-        print((table if "case" in result else kernels_table)([result]), flush=True)
+        table = report.table if "case" in result else report.kernels_table
+        print(table([result]), flush=True)
 
     if options.kernels:
         return measure_kernels(write)
@@ -387,9 +282,9 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"unknown case {name!r}; choose from {', '.join(CASES)}, or KEY=VALUE")
     if not options.arguments:
         names = list(CASES)
-    before = copy.deepcopy(llama_pretrain_config.sections())
+    before = copy.deepcopy(config.sections())
     for name in names or ["custom"]:
-        for section, values in llama_pretrain_config.sections().items():
+        for section, values in config.sections().items():
             values.update(copy.deepcopy(before[section]))
         case = CASES.get(name)
         steps = options.steps or (case.steps if case else 10)
@@ -423,9 +318,10 @@ if __name__ == "__main__":
     try:
         if not options.report:
             run(options)
-            leave()
+            end_process()
         elif rank() == 0:
             with open(options.results) as file:
-                report([json.loads(line) for line in file], options.plot, options.series)
+                lines = [json.loads(line) for line in file]
+            report.report(lines, options.plot, list(CASES), options.series)
     except (ValueError, OSError) as error:
         exit_with(error)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Launches main.py on this node with torchrun; arguments are passed on.
 #
-#   bash run.sh                                        # all GPUs of this machine; without one, a small CPU run
+#   bash run.sh                                        # all GPUs of this machine; without one, 2 processes on the CPU
 #   GPUS_PER_NODE=1 bash run.sh                        # one process
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash run.sh  # the first of two nodes
 #
@@ -23,15 +23,6 @@ node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:-0}}}
 if ((gpus > 0)); then
   # As many hardware queues as MagiAttention wants to overlap communication with computation.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
-else
-  # A laptop's run: the same code with a small model, about one minute on two cores.
-  set -- model_config.preset=tiny data_config.seqlen=512 data_config.batch_size=4 \
-    train_config.train_iters=150 train_config.dtype=float32 \
-    train_config.activation_checkpointing=none train_config.compile=false \
-    train_config.output_dir=runs/tiny train_config.checkpoint_interval=50 \
-    train_config.optimizer_config.learning_rate=2e-3 \
-    train_config.optimizer_config.warmup_iters=10 \
-    parallel_config.context_parallel_size="$processes" "$@"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 

@@ -1,7 +1,7 @@
 """Context parallelism: the choice of a backend, and the attention call.
 
-Both backends, `magi_attention.api` and native.py, build a *runtime key* once per step: which rank
-holds which chunks of a packed sequence (chunks.py), and which keys their queries see.
+Both backends build a *runtime key* per step: each rank's chunks of a packed sequence, and the keys
+that their queries see.
 """
 
 import importlib
@@ -22,10 +22,10 @@ MAGI_ATTENTION_ENVIRONMENT = {
 
 
 def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tuple[str, list[str]]:
-    """Returns "magi_attention" or "native", and lines for the log: which it is, and why.
+    """Returns "magi_attention" or "native", and lines for the log: the choice and its reasons.
 
     requested: one of these, or "auto". dtype: the compute type, "bfloat16" or "float32". device:
-    "cuda" or "cpu". Raises ValueError if the backend asked for by name cannot run, or none can.
+    "cuda" or "cpu". Raises ValueError if the requested backend cannot run, or none can.
     """
     reasons = []
     if requested != "native":
@@ -78,11 +78,14 @@ def load_api(backend: str) -> ModuleType:
     return native if backend == "native" else importlib.import_module("magi_attention.api")
 
 
+@torch.compiler.disable
 def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> tuple[Tensor, object]:
     """Attention of the local queries to all keys that they see, by the backend of the key.
 
     q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns out, [s, nh, hd], and magi_attention's meta or None.
     """
+    if callable(key):  # support/recompute.py: q, k, v -> out
+        return key(q, k, v), None
     if isinstance(key, native.DistAttnRuntimeKey):
         return native.calc_attn(q, k, v, key)
     # Strided inputs can give NaN gradients without a word in magi_attention 1.1.

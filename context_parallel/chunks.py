@@ -1,7 +1,7 @@
-"""Chunks of a packed sequence: their size, for either backend, and who gets which in `native`.
+"""Chunks of a packed sequence: their size for either backend, and `native`'s partition.
 
-Each rank of the cp group gets equally many chunks, chosen so that every rank has about the same
-number of (query, key) pairs to compute. Each cut costs, so chunks are as large as balance allows.
+Each rank gets equally many chunks and about equally many (query, key) pairs. Each cut costs time,
+so chunks are as large as balance allows.
 """
 
 import heapq
@@ -16,9 +16,9 @@ MIN_CHUNK_SIZE = 16  # tokens; below it they are not cut either
 
 
 def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
-    """Returns the largest chunk size, in tokens, with which the ranks are balanced to
-    MAX_IMBALANCE, or else the one that balances them best. It tries 1, 2, 4, ... chunks per rank.
-    One causal document needs two (first and last). cu_seqlens: [documents + 1], on the CPU.
+    """Returns the largest chunk size, in tokens, that balances the ranks to MAX_IMBALANCE, or else
+    the one that balances them best. It tries 1, 2, 4, ... chunks per rank. One causal document
+    needs two (first and last). cu_seqlens: [documents + 1], on the CPU.
     """
     total_seqlen = int(cu_seqlens[-1])
     best = (math.inf, 0)  # imbalance, and minus the chunk size: of equals the larger
@@ -50,10 +50,10 @@ def chunk_areas(cu_seqlens: Tensor, chunk_size: int, causal: bool, cp_size: int)
 
 
 def balanced_partitions(areas: list[int], cp_size: int) -> list[list[int]]:
-    """Deals chunks out to ranks: equally many each, their summed areas as equal as greed gets them.
+    """Returns each rank's chunks, equally many, with about equal sums of areas.
 
-    The largest chunk that is left goes to the rank with the least area that still has room
-    (longest processing time first). `len(areas)` is a multiple of cp_size.
+    The largest chunk left goes to the rank with the least area that has room (longest processing
+    time first). `len(areas)` is a multiple of cp_size.
     """
     room = len(areas) // cp_size
     partitions: list[list[int]] = [[] for _ in range(cp_size)]

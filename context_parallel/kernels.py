@@ -16,9 +16,7 @@ MANY_TOKENS = 65_536  # queries, or a quarter of the keys, above which backward 
 
 
 class Pieces:
-    """The queries of a piece see the keys of the same piece; pieces follow one another. With a
-    causal mask a piece's last query sees all its keys, the query before it all but the last, ...
-    """
+    """The queries of a piece see the keys of that piece. A causal mask is aligned bottom right."""
 
     def __init__(self, lengths_q: Tensor, lengths_k: Tensor, causal: bool, device: str) -> None:
         """lengths_q, lengths_k: [pieces], tokens in q, and in k and v. device: of q, k and v."""

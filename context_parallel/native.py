@@ -109,16 +109,14 @@ def _joined(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tensor:
-    """Returns this rank's shard, [s, ...], of x, [S - pad_size, ...], the same on every cp rank.
-    Give labels pad_value=-100, since 0 is a token.
-    """
+    """Returns this rank's shard, [s, ...], of x, [S - pad_size, ...]; pad labels with -100."""
     x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, key.pad_size), value=pad_value)
     return x.index_select(0, key.order.chunk(key.cp_group.size())[key.cp_group.rank()])
 
 
 def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple[Tensor, None]:
-    """q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns the attention's output, [s, nh, hd], finite but
-    without a meaning at padding, and None where magi_attention has its log-sum-exp.
+    """q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns the output, [s, nh, hd], finite at padding, and
+    None, where magi_attention returns its log-sum-exp.
     """
     _, attention = select_kernel(q.device.type, q.dtype, q.shape[-1])
     if not key.gathers:
@@ -165,8 +163,8 @@ def _gather_keys(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tu
 
 
 def not_saved(tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]):
-    """Returns a context in which autograd saves nothing of these tensors, nor of views of them. In
-    backward it calls `again`, which returns tensors of the same values, strides and offsets.
+    """Returns a context in which autograd does not save these tensors, nor views of them. Backward
+    calls `again`, which returns tensors of the same values, strides and offsets.
     """
     indices = {x.untyped_storage().data_ptr(): i for i, x in enumerate(tensors)}
 

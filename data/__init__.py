@@ -149,7 +149,9 @@ class RandomSource:
         return Rows(tokens, labels, ([length] * (seqlen // length) + rest) * num_rows)
 
 
-@functools.lru_cache(maxsize=2)
+Source = TokenSource | RandomSource
+
+
 def open_source(
     split: str,
     vocab_size: int,
@@ -164,7 +166,7 @@ def open_source(
     seqlen: int,
     batch_size: int,
     seed: int,
-) -> TokenSource | RandomSource:
+) -> Source:
     """Opens one split of what `data_config` names; asked for the same again, it returns the same.
 
     split: "train" or "validation". vocab_size: the model's. num_batches: how many batches the split

@@ -1,8 +1,8 @@
-"""What a run says of itself: its log line, `metrics.jsonl`, TensorBoard, FLOPs, and loss curves.
+"""The log line, `metrics.jsonl`, TensorBoard, FLOPs, and loss curves.
 
     python -m support.metrics RUN [RUN ...] --output loss.png
 
-draws the loss of runs (folders that hold a metrics.jsonl) into one picture.
+draws the losses of runs (folders with a metrics.jsonl) in one picture.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import torch
@@ -43,7 +42,7 @@ PEAK_FLOPS = {
 
 @functools.cache
 def describe_machine() -> dict[str, str]:
-    """Returns what a result depends on beside the config: versions, hardware, commit."""
+    """Returns versions, hardware and commit."""
     cuda = torch.cuda.is_available()
     commit = ""
     if shutil.which("git"):
@@ -61,12 +60,6 @@ def describe_machine() -> dict[str, str]:
         "cuda": str(torch.version.cuda) if cuda else "none",
         "commit": commit or "unknown",
     }
-
-
-def run_config(sections: dict[str, Any], llama_config: LlamaConfig, data: str) -> dict[str, Any]:
-    """Returns what describes a run: the resolved config, the model's shape, data and machine."""
-    found = {"llama_config": asdict(llama_config), "data": data, "machine": describe_machine()}
-    return {**sections, **found}
 
 
 def attention_area(cu_seqlens: torch.Tensor, causal: bool) -> float:
@@ -103,41 +96,40 @@ def peak_flops() -> float | None:
 
 
 def peak_memory_gib() -> float:
-    """Returns the most memory that this process has held so far: the GPU's, or on a CPU its own."""
+    """Returns this process's peak of allocated GPU memory, or on a CPU of resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def check_finite(record: dict[str, Any], model: nn.Module, run_again: Callable[[], Tensor]) -> None:
-    """Raises FloatingPointError if loss or grad_norm is not finite, with what each rank knows.
+def check_finite(step: "Step", model: nn.Module, run_again: Callable[[], Tensor]) -> None:
+    """Raises FloatingPointError if loss or grad_norm is not finite, with each rank's part in it.
 
-    record: of a step that has not changed the weights if one of them is not finite. run_again:
-    computes its gradients once more and returns this rank's loss sum. A collective over all ranks
-    where it raises.
+    step: one that has not changed the weights if they are not finite. run_again: computes its
+    gradients again and returns this rank's part of the loss. A collective where it raises.
     """
-    step, loss, grad_norm = record["step"], record["loss"], record["grad_norm"]
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
         return
-    loss_sum = run_again()
+    loss = run_again()
     bad = [
         name
         for name, param in model.named_parameters()
         if param.grad is not None and not param.grad.to_local().isfinite().all()
     ]
     where = f"in {len(bad)} parameters, first {bad[0]}" if bad else "nowhere"
-    state = f"loss sum {loss_sum.item():.6g}, non-finite gradients {where}"
     states = [""] * dist.get_world_size()
+    state = f"its part of the loss {loss.item():.6g}, non-finite gradients {where}"
     dist.all_gather_object(states, state)
     raise FloatingPointError(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the "
-        f"weights were changed. " + "; ".join(f"rank {r}: {s}" for r, s in enumerate(states))
+        f"step {step.number}: the loss is {step.loss} and the gradient norm {step.grad_norm}; "
+        f"stopped before the weights changed. "
+        + "; ".join(f"rank {r}: {state}" for r, state in enumerate(states))
     )
 
 
 def now() -> torch.cuda.Event | float:
-    """Returns this moment: with a GPU an event behind all that is queued, else the clock."""
+    """Returns the time: on a GPU an event behind all queued kernels, else the clock."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -146,25 +138,47 @@ def now() -> torch.cuda.Event | float:
 
 
 def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    """Waits until `end` has come; returns the seconds from start to it, both of `now`."""
-    if isinstance(end, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    """Returns the seconds between two times of `now`; the events are complete."""
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+
+
+class Step:
+    """A step of `train`: queued on the device, and after `wait` complete."""
+
+    def __init__(
+        self,
+        number: int,
+        batch: Any,
+        loss: Tensor,
+        grad_norm: Tensor,
+        learning_rate: float,
+        save_seconds: float,
+    ) -> None:
+        """number: the first is 1. batch: main.Batch. It is kept until the step is complete: another
+        stream allocated its memory, and would reuse it. save_seconds: of the checkpoint before it.
+        """
+        self.number, self.batch = number, batch
+        self.learning_rate, self.save_seconds = learning_rate, save_seconds
+        results = torch.stack([loss.double(), grad_norm.double()])
+        self.results = results.to("cpu", non_blocking=True)
+        self.end = now()
+
+    def wait(self) -> None:
+        """Sets `loss` and `grad_norm`. It is a step's only host-device sync."""
+        if not isinstance(self.end, float):
+            self.end.synchronize()
+        self.loss, self.grad_norm = self.results.tolist()
 
 
 class MetricsWriter:
-    """Logs each step, and on rank 0 writes the run's folder. On every rank it watches the time.
+    """Logs each step. Rank 0 also writes `config.json`, `metrics.jsonl` and TensorBoard events.
 
-    `config.json` is the resolved config and the machine; `metrics.jsonl` has one object a step,
-    written at once. A run that is resumed goes on with both, without what it had written after the
-    checkpoint. What an earlier run left under these names is kept, with a number added.
-
-    A step that is not written within `train_config.step_timeout` seconds ends the process.
+    A resumed run continues its metrics.jsonl from the checkpoint's step. Files of an earlier run
+    are renamed. A step that is not written within `train_config.step_timeout` ends the process.
     """
 
     def __init__(self, run_config: dict[str, Any], first_iter: int, world_size: int) -> None:
-        """run_config: of `run_config`. first_iter: the steps that were done before."""
+        """run_config: from `preflight.run_config`. first_iter: the number of completed steps."""
         data_config, train_config = run_config["data_config"], run_config["train_config"]
         self.llama_config = LlamaConfig(**run_config["llama_config"])
         self.tokens_per_step = data_config["batch_size"] * data_config["seqlen"]  # of all ranks
@@ -174,6 +188,7 @@ class MetricsWriter:
         self.watchdog = Watchdog(train_config["step_timeout"])
         self.watchdog.watch(f"step {first_iter + 1}")
         self.file = self.tensorboard = self.profiler = None
+        self.start = now()
         if rank() != 0:
             return
         if first_iter == 0:
@@ -181,7 +196,7 @@ class MetricsWriter:
         self.profiler = _profiler(train_config["profile_steps"], first_iter, output_dir)
         with open(os.path.join(output_dir, "config.json"), "w") as file:
             json.dump(run_config, file, indent=2)
-        # Unbuffered: a line is in the file when write returns, and what is not is known.
+        # Unbuffered, so that `write` returns how much of a line is in the file.
         self.file = open(os.path.join(output_dir, "metrics.jsonl"), "ab+", buffering=0)
         self.unwritten = b""
         _cut_after(self.file, first_iter)
@@ -193,46 +208,38 @@ class MetricsWriter:
             os.path.join(output_dir, "tensorboard"), purge_step=first_iter + 1, flush_secs=10
         )
 
-    def write(
-        self,
-        step: int,
-        loss: float,
-        grad_norm: float,
-        learning_rate: float,
-        num_labels: int,
-        area: float,
-        step_seconds: float,
-        plan_seconds: float,
-        data_seconds: float,
-        save_seconds: float,
-        eval_loss: float | None = None,
-    ) -> None:
-        """step: the first is 1. num_labels, area: labels that counted and (query, key) pairs of the
-        attention mask, over all ranks. The seconds are this rank's. eval_loss: in nats per label,
-        if there was an evaluation after the step.
-        """
-        is_last = step == self.train_iters
-        self.watchdog.watch("the last checkpoint" if is_last else f"step {step + 1}")
-        flops = training_flops(self.llama_config, self.tokens_per_step, area)
+    def queue(self, *args: Any, **kwargs: Any) -> Step:
+        """Returns `Step(...)`, which ends with the kernels queued so far."""
+        if self.profiler is not None:
+            self.profiler.step()
+        return Step(*args, **kwargs)
+
+    def write(self, step: Step, eval_loss: float | None = None) -> None:
+        """step: complete. eval_loss: in nats per label, of an evaluation after the step."""
+        is_last = step.number == self.train_iters
+        self.watchdog.watch("the last checkpoint" if is_last else f"step {step.number + 1}")
+        step_seconds = seconds_between(self.start, step.end)
+        self.start = step.end if eval_loss is None else now()  # no step includes an evaluation
+        flops = training_flops(self.llama_config, self.tokens_per_step, step.batch.area)
         flops_per_gpu = flops / self.world_size / step_seconds
         peak = peak_flops()
         record = {
-            "step": step,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": learning_rate,
-            "tokens": num_labels,
+            "step": step.number,
+            "loss": step.loss,
+            "grad_norm": step.grad_norm,
+            "lr": step.learning_rate,
+            "tokens": int(step.batch.num_labels),
             "step_ms": step_seconds * 1e3,
             "tokens_per_s": self.tokens_per_step / step_seconds,
             "tflops_per_gpu": flops_per_gpu / 1e12,
             "mfu": flops_per_gpu / peak if peak else None,
             "peak_memory_gib": peak_memory_gib(),
-            "plan_ms": plan_seconds * 1e3,
-            "data_ms": data_seconds * 1e3,
-            "save_ms": save_seconds * 1e3,
+            "plan_ms": step.batch.plan_seconds * 1e3,
+            "data_ms": step.batch.data_seconds * 1e3,
+            "save_ms": step.save_seconds * 1e3,
         }
         if eval_loss is not None:
-            # Beyond exp(700) a float ends, and so, long before, does the use of a perplexity.
+            # exp(710) is not finite.
             perplexity = math.exp(eval_loss) if eval_loss < 700 else None
             record |= {"eval_loss": eval_loss, "eval_perplexity": perplexity}
         log(format_step(record, self.train_iters))
@@ -241,20 +248,15 @@ class MetricsWriter:
                 self.unwritten += json.dumps(record).encode() + b"\n"
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:  # a full disk: the next step tries again
-            log(f"warning: the metrics of step {step} could not be written: {error}")
+            log(f"warning: the metrics of step {step.number} could not be written: {error}")
         try:
             if self.tensorboard is not None:
                 for name, value in record.items():
                     if name != "step" and value is not None:
-                        self.tensorboard.add_scalar(name, value, step)
-        except OSError as error:  # its thread does not come back
-            log(f"warning: from step {step} on nothing is written for TensorBoard: {error}")
+                        self.tensorboard.add_scalar(name, value, step.number)
+        except OSError as error:  # its thread has ended
+            log(f"warning: no TensorBoard events from step {step.number} on: {error}")
             self.tensorboard = None
-
-    def step_is_queued(self) -> None:
-        """Tells the profiler that a step ends here, for the host."""
-        if self.profiler is not None:
-            self.profiler.step()
 
     def close(self) -> None:
         self.watchdog.stop()
@@ -287,16 +289,16 @@ def format_step(record: dict[str, Any], train_iters: int) -> str:
 
 
 def _profiler(steps: tuple[int, ...], first_iter: int, output_dir: str):
-    """Returns the started profiler of rank 0, whose `step` follows each step; None without steps.
+    """Returns rank 0's profiler, started, or None without steps.
 
-    steps: the first and the last, of which those up to first_iter were done before.
+    steps: the first and the last. first_iter: the number of completed steps.
     """
     if not steps:
         return None
     if steps[1] <= first_iter + 1:
-        log(f"warning: no trace of steps {steps}: this start is from step {first_iter + 1} on")
+        log(f"warning: no trace of steps {steps}: this run starts with step {first_iter + 1}")
         return None
-    first, last = max(steps[0], first_iter + 2), steps[1]  # the step before warms the profiler up
+    first, last = max(steps[0], first_iter + 2), steps[1]  # the profiler warms up for a step
     path = os.path.join(output_dir, f"trace-{first}-{last}.json.gz")
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(
@@ -309,7 +311,7 @@ def _profiler(steps: tuple[int, ...], first_iter: int, output_dir: str):
 
 
 def _cut_after(file: BinaryIO, step: int) -> None:
-    """Cuts a metrics.jsonl, open to append, after the line of `step`, or before a torn line."""
+    """Truncates a metrics.jsonl after the line of `step`, or before an incomplete line."""
     file.seek(0)
     end = 0
     for line in file.readlines():
@@ -320,7 +322,7 @@ def _cut_after(file: BinaryIO, step: int) -> None:
 
 
 def _keep_earlier(output_dir: str, names: list[str]) -> None:
-    """Renames the files that are there to NAME.1, or the first number that is free for all."""
+    """Renames existing files to NAME.1, or the first number that is free for all of them."""
     number = 1
     while any(os.path.exists(os.path.join(output_dir, f"{name}.{number}")) for name in names):
         number += 1
@@ -331,9 +333,7 @@ def _keep_earlier(output_dir: str, names: list[str]) -> None:
 
 
 def plot(runs: list[str], output: str) -> None:
-    """Draws the loss over the steps of each run, a folder that holds a metrics.jsonl, and as dots
-    that of its evaluations.
-    """
+    """Draws each run's loss over its steps, and the loss of its evaluations as dots."""
     import matplotlib
 
     matplotlib.use("Agg")

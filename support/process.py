@@ -1,4 +1,4 @@
-"""What each process of a run does at its start and its end, and how the processes speak as one."""
+"""The processes of a run: how they start, log, time out and end."""
 
 import faulthandler
 import fcntl
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 
 def rank() -> int:
-    """Returns this process's rank; known before there is a process group."""
+    """Returns this process's rank, also before the process group exists."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -31,12 +31,12 @@ def is_one_node() -> bool:
     return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
 
 
-def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Returns the store through which the ranks find each other, this rank and the world size.
+def rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Returns the store in which the ranks find each other, this rank and the world size.
 
-    torchrun keeps its store when it starts the processes of a node again, and these would take the
-    addresses that are left there for each other's. So each start on one node has keys of its own.
-    (Over several nodes the counts of restarts differ; there a scheduler has to start all again.)
+    torchrun keeps its store when it restarts the processes of a node. Each start therefore has keys
+    of its own: a rank must not read an address that an earlier start left there. Nodes count
+    restarts separately, so on several nodes a scheduler has to restart all of them.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return dist.HashStore(), 0, 1
@@ -47,18 +47,18 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def restarts() -> int:
-    """Returns how often torchrun has started this run again."""
+    """Returns how often torchrun has restarted this run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-locks = []  # open files: closed, they would lock no more
+locks = []  # open files, since closing one unlocks it
 
 
-def take_output_dir(output_dir: str) -> None:
-    """Makes the folder where it is missing; rank 0 keeps other runs out of it as long as it lives.
+def lock_output_dir(output_dir: str) -> None:
+    """Creates the folder if it is missing. Rank 0 locks it until this process ends.
 
-    Raises ValueError if it cannot be written, or another run is in there: two would write over each
-    other's files.
+    Raises ValueError if it cannot be written, or if another run uses it: two runs would overwrite
+    each other's files.
     """
     try:
         os.makedirs(output_dir, exist_ok=True)
@@ -77,23 +77,23 @@ def take_output_dir(output_dir: str) -> None:
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise ValueError(
-            f"train_config.output_dir={output_dir!r} is in use: {file.read().strip()} writes it; "
-            f"end that, or remove {file.name} if it is gone, or give another output_dir"
+            f"train_config.output_dir={output_dir!r} is in use by {file.read().strip()}; end that "
+            f"process, or remove {file.name} if it has ended, or give another output_dir"
         ) from None
     except OSError:
-        pass  # a file system that has no locks
+        pass  # a file system without locks
 
 
 class Watchdog:
-    """Ends this process, which torchrun takes as the end of all, when something takes too long."""
+    """Ends this process when something takes too long; torchrun then ends the others."""
 
     def __init__(self, seconds: float) -> None:
-        """seconds: how long what is watched may take, `train_config.step_timeout`."""
+        """seconds: the limit, `train_config.step_timeout`."""
         self.seconds = seconds
         self.timer: threading.Timer | None = None
 
     def watch(self, what: str) -> None:
-        """Begins to count anew, for what is named, in place of what was watched before."""
+        """Restarts the clock for `what`; the message names it."""
         if self.timer is not None:
             self.timer.cancel()
         self.timer = threading.Timer(self.seconds, self._give_up, [what])
@@ -101,7 +101,7 @@ class Watchdog:
         self.timer.start()
 
     def stop(self) -> None:
-        """To be called after `watch`: nothing is watched any more."""
+        """Ends the watch."""
         self.timer.cancel()
         self.timer.join()
 
@@ -117,24 +117,23 @@ class Watchdog:
 
 
 def exit_with(error: Exception) -> NoReturn:
-    """Ends this process with the error, one sentence that a person sees once on each node.
+    """Ends this process with the error, one sentence that appears once on each node.
 
-    Rank 0 speaks, and its exit makes torchrun end the other ranks of its node. What is wrong may be
-    wrong on another node alone (a missing file), so the first rank there speaks too, if it is still
-    there after a while.
+    Rank 0 prints it; its exit makes torchrun end the other ranks of its node. Another node may have
+    an error of its own (a missing file), so its first rank prints too, some seconds later.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: torchrun may end this
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save, so torchrun may end it
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if rank() != 0:
-        time.sleep(10 if first_of_node else 20)  # whoever exits first ends the node's others
+        time.sleep(10 if first_of_node else 20)  # the first exit ends the node's other ranks
     sys.exit(f"error: {error}" if first_of_node else 1)
 
 
-def leave() -> NoReturn:
-    """Ends this process, whose work is done and saved, with 0, and without Python's own ending.
+def end_process() -> NoReturn:
+    """Ends this process with exit code 0, without Python's own shutdown.
 
-    A thread of gloo lets go of a collective's tensors only after that has been waited for. If
-    Python ends meanwhile, the thread cannot take Python's lock any more, and aborts the process.
+    gloo's thread frees a collective's tensors after the collective. It needs the GIL for that, and
+    aborts the process if Python is shutting down.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,21 +10,34 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# All tests run on the CPU everywhere, except those of `pytest -m gpu`. torch is imported later.
+if "gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 import torch.distributed as dist
 
 import llama_pretrain_config
+from configuration_llama import LlamaConfig
+from context_parallel.native import magi_attn_varlen_key
 from data import RandomSource, TokenSource, open_source
 from data.corpus import open_corpus
+from support.config import sections
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = LlamaConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+)
 torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes
-
-
-def pytest_configure(config) -> None:
-    """Hides the GPUs, but from `pytest -m gpu`: all other tests run on the CPU everywhere."""
-    if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +57,9 @@ def config(monkeypatch):
     """The config dicts, put back afterwards: `resolve` and `set_up` write into them."""
     for name, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
-    before = copy.deepcopy(llama_pretrain_config.sections())
+    before = copy.deepcopy(sections())
     yield
-    for name, section in llama_pretrain_config.sections().items():
+    for name, section in sections().items():
         section.clear()
         section.update(before[name])
 
@@ -154,7 +167,30 @@ def open_data(
     small = {"source": str(source), "seqlen": 1, "batch_size": 1}
     config = {**llama_pretrain_config.data_config, **small, **keys}
     open_corpus.cache_clear()
-    return open_source.__wrapped__(split, vocab_size, num_batches, **config)
+    return open_source(split, vocab_size, num_batches, **config)
+
+
+def run_model(model, tokens, lengths, cp_group, labels=None):
+    """Runs a packed sequence on one process; returns logits or token losses in stream order."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    config = model.config
+    key = magi_attn_varlen_key(
+        cu_seqlens,
+        cu_seqlens,
+        num_heads_q=config.num_attention_heads,
+        num_heads_kv=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        pad_size=0,
+        cp_group_or_mesh=cp_group,
+        causal=config.is_causal,
+    )
+    pad = key.pad_size
+    tokens, positions = (torch.nn.functional.pad(x, (0, pad)) for x in (tokens, positions))
+    if labels is not None:
+        labels = torch.nn.functional.pad(labels, (0, pad), value=-100)
+        return model(tokens, positions, key, labels)[: len(tokens) - pad]
+    return model(tokens, positions, key)[: len(tokens) - pad]
 
 
 def read_metrics(output_dir) -> list[dict]:

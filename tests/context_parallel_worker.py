@@ -164,7 +164,7 @@ def main() -> None:
                 case([4200, 9001, 5, 300, 9701], chunk_size=4096)
     dist.barrier()  # no rank ends while another's threads still wait for it
     dist.destroy_process_group()
-    process.leave()
+    process.end_process()
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import llama_pretrain_config
 import main
 import modeling_llama
-from data import IGNORED_LABEL
-from support import process
+from data import IGNORED_LABEL, open_source
+from support import config, process, recompute
 
 # Small enough that a rank's tokens are several slices and a rest.
-modeling_llama.LAYER_SLICE_SIZE = 1024 if torch.cuda.is_available() else 80
+recompute.MLP_SLICE_SIZE = 1024 if torch.cuda.is_available() else 80
 modeling_llama.LOSS_SLICE_SIZE = 900 if torch.cuda.is_available() else 70
 
 
@@ -50,7 +49,7 @@ def gradients(
 
     lengths: of the documents, for each micro-batch of a dp rank, instead of those that it has.
     """
-    llama_pretrain_config.resolve(overrides, dist.get_world_size())
+    config.resolve(overrides, dist.get_world_size())
     if main.parallel_config["context_parallel_backend"] == "auto":
         main.parallel_config["context_parallel_backend"] = "native"
     mesh = main.build_mesh()
@@ -62,8 +61,8 @@ def gradients(
         main.parallelize_model(model, mesh)
     prepare_data = main.prepare_data
 
-    def changed_data(mesh, train_iter, split):
-        micro_batches = prepare_data(mesh, train_iter, split)
+    def changed_data(source, mesh, train_iter):
+        micro_batches = prepare_data(source, mesh, train_iter)
         row = mesh["dp"].get_local_rank() * main.data_config["batch_size"] // mesh["dp"].size()
         for _, labels, _ in micro_batches:
             for row_labels in labels.view(-1, main.data_config["seqlen"]):
@@ -77,21 +76,28 @@ def gradients(
 
     stream = torch.cuda.Stream() if torch.cuda.is_available() else None
     main.prepare_data = changed_data
-    step = main.prepare_step(mesh, model.config, 1, stream=stream)
+    source = open_source("train", model.config.vocab_size, 1, **main.data_config)
+    batch = main.prepare_batch(source, mesh, model.config, stream, 1)
     main.prepare_data = prepare_data
-    loss_sum = main.forward_backward(model, step, mesh)
-    dist.all_reduce(loss_sum)
+    loss = 0
+    for input_ids, labels, position_ids, key in batch.micro_batches:
+        token_losses = model(input_ids, position_ids, key, labels)
+        main.loss_func(token_losses, batch.num_labels, mesh).backward()
+        loss += token_losses.detach().double().sum() / batch.num_labels
+    dist.all_reduce(loss)
     grad_norm = clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
-    evaluates = main.data_config["validation_source"]
-    eval_loss = main.evaluate(model, mesh) if evaluates else None
+    eval_loss = None
+    if main.data_config["validation_source"]:
+        held_out = open_source("validation", model.config.vocab_size, 2, **main.data_config)
+        eval_loss = main.evaluate(model, held_out, mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters()), "sharded, as before"
     return {
-        "loss": (loss_sum / step.num_labels).item(),
+        "loss": loss.item(),
         "grad_norm": grad_norm.item(),
         "eval_loss": eval_loss,
-        "num_labels": step.num_labels,
-        "area": step.area,
-        "gathers": [getattr(key, "gathers", None) for *_, key in step.micro_batches],
+        "num_labels": batch.num_labels,
+        "area": batch.area,
+        "gathers": [getattr(key, "gathers", None) for *_, key in batch.micro_batches],
         "whole_parameters": whole.most,
         "local_parameters": sum(p.to_local().numel() for p in model.parameters()),
         "weights": {n: p.detach().full_tensor() for n, p in model.named_parameters()},
@@ -107,4 +113,4 @@ if __name__ == "__main__":
         torch.save(results, sys.argv[2])
     dist.barrier()
     dist.destroy_process_group()
-    process.leave()
+    process.end_process()

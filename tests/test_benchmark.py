@@ -6,7 +6,9 @@ import pytest
 from conftest import ROOT, open_data, torchrun
 
 import benchmark
-import llama_pretrain_config
+from llama_pretrain_config import data_config, train_config
+from support import report
+from support.config import resolve
 
 
 def test_a_case_of_one_s_own_is_measured_on_a_cpu(tmp_path):
@@ -49,7 +51,7 @@ def test_the_report_shows_the_newest_series_of_one_machine_beside_the_peer_s(tmp
         result("8k", "magi_attention", 33_000.0),
         kernel("FA4", "causal", 400.0),
     ]
-    benchmark.report(lines, str(tmp_path / "plot.png"))
+    report.report(lines, str(tmp_path / "plot.png"), list(benchmark.CASES))
     rows, kernels = (x.splitlines() for x in capsys.readouterr().out.split("\n\n"))
     assert rows[0] == (
         "| case | native, tokens/s | memory | torchtitan, tokens/s | memory "
@@ -63,7 +65,7 @@ def test_the_report_shows_the_newest_series_of_one_machine_beside_the_peer_s(tmp
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert kernels[2:] == ["| causal | 500 / 400 |"]
     with pytest.raises(ValueError, match="no results with a 'case' in 7"):
-        benchmark.report(lines, "", series="7")
+        report.report(lines, "", [], series="7")
 
 
 def kernel(name: str, mask: str, both: float) -> dict:
@@ -77,7 +79,7 @@ def test_the_table_of_kernels_has_a_row_a_mask():
         kernel("FFA", "causal", 390.0),
         kernel("FA4", "full", 450.0),
     ]
-    assert benchmark.kernels_table(lines).splitlines() == [
+    assert report.kernels_table(lines).splitlines() == [
         "| mask | head_dim 64: FA4 | head_dim 64: FFA |",
         "| --- | --- | --- |",
         "| causal | 500 / 400 | 500 / 390 |",
@@ -87,13 +89,13 @@ def test_the_table_of_kernels_has_a_row_a_mask():
 
 def test_a_case_is_the_config_that_it_names(config):
     for case in benchmark.CASES.values():
-        llama_pretrain_config.resolve(benchmark.overrides(case, "folder"), world_size=2)
-        data = llama_pretrain_config.data_config
-        assert (data["seqlen"], data["batch_size"]) == (case.seqlen, case.batch_size)
-        found = data["random_document_length"] if data["source"] == "random" else data["source"]
+        resolve(benchmark.overrides(case, "folder"), world_size=2)
+        assert (data_config["seqlen"], data_config["batch_size"]) == (case.seqlen, case.batch_size)
+        found = data_config["source"]
+        if found == "random":
+            found = data_config["random_document_length"]
         assert found in (case.documents, f"folder/{case.documents}")
-        train = llama_pretrain_config.train_config
-        assert train["activation_checkpointing"] == case.recomputation
+        assert train_config["activation_checkpointing"] == case.recomputation
 
 
 def test_random_documents_are_a_corpus_that_training_reads(tmp_path):

@@ -16,11 +16,11 @@ from checkpoint_worker import ITERS, SHORT
 from conftest import ROOT, environment, read_metrics, run
 
 import checkpoint
-import llama_pretrain_config
 import main
 from checkpoint.__main__ import inspect
 from checkpoint.format import CheckpointError, Reader, checkpoints, damage, read_manifest
-from support import metrics
+from support import preflight
+from support.config import resolve
 
 COMPARED = ("step", "loss", "grad_norm", "lr", "tokens")
 
@@ -383,11 +383,11 @@ def test_a_path_starts_from_that_one_in_another_folder(start, undisturbed, tmp_p
 def build(output_dir, *arguments) -> checkpoint.Checkpointer:
     """Returns that of a new model in this process."""
     arguments = [*SHORT, f"train_config.output_dir={output_dir}", *arguments]
-    llama_pretrain_config.resolve(arguments, world_size=1)
+    resolve(arguments, world_size=1)
     model = main.parallelize_model(main.build_llama_model(), main.build_mesh())
     optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
-    run_config = metrics.run_config(llama_pretrain_config.sections(), model.config, "")
-    return checkpoint.Checkpointer(model, optimizer, lr_scheduler, run_config, print)
+    config = preflight.run_config(preflight.open_sources())
+    return checkpoint.Checkpointer(model, optimizer, lr_scheduler, config, print)
 
 
 def test_generators_go_on_too(config, cp_group, tmp_path):

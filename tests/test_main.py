@@ -1,8 +1,8 @@
 """The central promise, that no gradient depends on the layout; and the other parts of main.py."""
 
-import functools
 import json
 import math
+from typing import NamedTuple
 
 import pytest
 import reference
@@ -19,20 +19,37 @@ from modeling_llama import LlamaForCausalLM
 SEQLEN, BATCH_SIZE = 101, 4  # an odd length: chunks and cp ranks do not divide it, so it is padded
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (dp, cp)
 ACCUMULATION = [1, 2]
-# (tied, is_causal, ignored_from_row): if labels are ignored from row 2 on, the second of two dp
-# ranks has none that count.
-VARIANTS = [
-    (True, True, None),
-    (True, True, 2),
-    (False, True, None),
-    (False, True, 2),
-    (True, False, None),
-]
-# {(dp, cp): variant, batch size, lengths of the documents in each micro-batch of a dp rank}: a rank
-# with documents of 30 and 71 tokens has as much to do as one with 71 and 30.
-WHOLE = {
-    (2, 2): ((True, True, 5), 8, [[30, 71, 71, 30], [202]]),
-    (1, 4): ((False, False, None), 4, [[30, 71, 71, 30, 30, 71, 71, 30]]),
+
+
+class Variant(NamedTuple):
+    tied: bool = True  # embedding and head
+    is_causal: bool = True
+    ignored_from_row: int | None = None  # labels of these rows do not count
+
+
+TIED = Variant()
+VARIANTS = {
+    "tied": TIED,
+    "untied": Variant(tied=False),
+    "full mask": Variant(is_causal=False),
+    "tied, the second of two dp ranks without labels": Variant(ignored_from_row=2),
+    "untied, the second of two dp ranks without labels": Variant(tied=False, ignored_from_row=2),
+}
+
+
+class WholeDocuments(NamedTuple):
+    """Documents that need no cut: 30 and 71 tokens are as much work as 71 and 30."""
+
+    variant: Variant
+    batch_size: int
+    lengths: list[list[int]]  # of the documents in each micro-batch of a dp rank
+
+
+WHOLE = {  # by (dp, cp)
+    (2, 2): WholeDocuments(Variant(ignored_from_row=5), 8, [[30, 71, 71, 30], [202]]),
+    (1, 4): WholeDocuments(
+        Variant(tied=False, is_causal=False), 4, [[30, 71, 71, 30, 30, 71, 71, 30]]
+    ),
 }
 
 
@@ -56,20 +73,20 @@ def held_out(tmp_path_factory):
     return str(path)
 
 
-def shape(tied=True, is_causal=True) -> dict:
+def shape(variant: Variant = TIED) -> dict:
     """Fields that replace the preset's. Larger weights than usual: attention far from uniform."""
     return {
         "num_hidden_layers": 3,
         "initializer_range": 0.1,
-        "tie_word_embeddings": tied,
-        "is_causal": is_causal,
+        "tie_word_embeddings": variant.tied,
+        "is_causal": variant.is_causal,
     }
 
 
-def overrides(folder, cp, accumulation, **shape_fields):
+def overrides(folder, cp=1, accumulation=1, variant=TIED) -> list[str]:
     return [
         "model_config.preset=tiny",
-        f"model_config.overrides={json.dumps(shape(**shape_fields))}",
+        f"model_config.overrides={json.dumps(shape(variant))}",
         f"data_config.source={folder}",
         f"data_config.seqlen={SEQLEN}",
         f"data_config.batch_size={BATCH_SIZE}",
@@ -82,36 +99,38 @@ def overrides(folder, cp, accumulation, **shape_fields):
 
 @pytest.fixture(scope="module")
 def results(folder, held_out, tmp_path_factory):
-    """{(dp, cp, accumulation or "whole", *variant): what the worker found}"""
+    """{(dp, cp, accumulation or "whole", variant): what the worker found}"""
     path = tmp_path_factory.mktemp("results")
     found = {}
     for world_size in (1, 2, 4):
         layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] == world_size]
         keys = [
-            (*layout, accumulation, *variant)
+            (*layout, accumulation, variant)
             for layout in layouts
             for accumulation in ACCUMULATION
-            for variant in VARIANTS
+            for variant in VARIANTS.values()
         ]
         cases = [
             {
                 "overrides": [
-                    *overrides(folder, cp, accumulation, tied=tied, is_causal=is_causal),
+                    *overrides(folder, cp, accumulation, variant),
                     f"data_config.validation_source={held_out}",
                     "train_config.eval_iters=2",
                 ],
-                "ignored_from_row": ignored_from_row,
+                "ignored_from_row": variant.ignored_from_row,
             }
-            for _, cp, accumulation, tied, is_causal, ignored_from_row in keys
+            for _, cp, accumulation, variant in keys
         ]
         if world_size == 4:
             for (dp, cp), (variant, batch_size, lengths) in WHOLE.items():
-                tied, is_causal, ignored_from_row = variant
-                settings = overrides(folder, cp, len(lengths), tied=tied, is_causal=is_causal)
-                case = [*settings, f"data_config.batch_size={batch_size}"]
-                keys.append((dp, cp, "whole", *variant))
+                settings = overrides(folder, cp, len(lengths), variant)
+                keys.append((dp, cp, "whole", variant))
                 cases.append(
-                    {"overrides": case, "ignored_from_row": ignored_from_row, "lengths": lengths}
+                    {
+                        "overrides": [*settings, f"data_config.batch_size={batch_size}"],
+                        "ignored_from_row": variant.ignored_from_row,
+                        "lengths": lengths,
+                    }
                 )
         (path / "cases.json").write_text(json.dumps(cases))
         torchrun(
@@ -125,30 +144,28 @@ def results(folder, held_out, tmp_path_factory):
 def expected(folder, held_out, results):
     """{variant: loss, gradients, ...} of the dense reference, in float64."""
     found = {}
-    for variant in VARIANTS:
-        weights = results[(1, 1, 1, *variant)]["weights"]
-        found[variant] = dense_reference(folder, weights, *variant)
-        config = LlamaConfig.from_preset("tiny", shape(*variant[:2]))
+    for variant in VARIANTS.values():
+        weights = results[(1, 1, 1, variant)]["weights"]
+        found[variant] = dense_reference(folder, weights, variant)
+        config = LlamaConfig.from_preset("tiny", shape(variant))
         weights = {name: weight.double() for name, weight in weights.items()}
         eval_loss = reference.mean_loss(weights, evaluated_documents(held_out), config)
         found[variant]["eval_loss"] = eval_loss.item()
     return found
 
 
-def dense_reference(
-    folder, weights, tied, is_causal, ignored_from_row, batch_size=BATCH_SIZE, lengths=None
-) -> dict:
+def dense_reference(folder, weights, variant, batch_size=BATCH_SIZE, lengths=None) -> dict:
     """Loss, gradients and what else of the second batch, in float64, one document at a time.
     lengths: of the documents, instead of those that the batch has.
     """
     rows = open_data(folder).rows(batch_size, batch_size, SEQLEN)
     tokens, labels = torch.from_numpy(rows.tokens).flatten(), torch.from_numpy(rows.labels).clone()
-    if ignored_from_row is not None:
-        labels[ignored_from_row:] = IGNORED_LABEL
+    if variant.ignored_from_row is not None:
+        labels[variant.ignored_from_row :] = IGNORED_LABEL
     lengths = lengths or rows.document_lengths
     documents = list(zip(tokens.split(lengths), labels.flatten().split(lengths), strict=True))
     weights = {name: weight.double().requires_grad_() for name, weight in weights.items()}
-    config = LlamaConfig.from_preset("tiny", shape(tied, is_causal))
+    config = LlamaConfig.from_preset("tiny", shape(variant))
     loss = reference.mean_loss(weights, documents, config)
     loss.backward()
     gradients = {name: weight.grad for name, weight in weights.items()}
@@ -157,7 +174,7 @@ def dense_reference(
         "gradients": gradients,
         "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),
         "num_labels": (labels != IGNORED_LABEL).sum().item(),
-        "area": sum(len(doc) ** 2 / (2 if is_causal else 1) for doc, _ in documents),
+        "area": sum(len(doc) ** 2 / (2 if variant.is_causal else 1) for doc, _ in documents),
     }
 
 
@@ -169,13 +186,35 @@ def evaluated_documents(held_out):
     return list(zip(tokens.split(lengths), labels.split(lengths), strict=True))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def test_on_one_process_the_loss_and_all_gradients_equal_a_dense_model_s(config, cp_group, folder):
+    """The central promise at its smallest: main.py's functions, in the order of `train`, beside a
+    Llama in float64 that the tests write out and that sees one document at a time.
+    """
+    sources = main.set_up(overrides(folder))
+    mesh = main.build_mesh()
+    model = main.parallelize_model(main.build_llama_model(), mesh)
+    batch = main.prepare_batch(sources["train"], mesh, model.config, None, train_iter=1)
+    ((input_ids, labels, position_ids, key),) = batch.micro_batches
+    token_losses = model(input_ids, position_ids, key, labels)
+    loss = main.loss_func(token_losses, batch.num_labels, mesh)
+    loss.backward()
+
+    weights = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+    truth = dense_reference(folder, weights, TIED)
+    assert batch.num_labels == truth["num_labels"]
+    assert loss.item() == pytest.approx(truth["loss"], rel=1e-5)
+    for name, param in model.named_parameters():
+        assert relative_error(param.grad.full_tensor(), truth["gradients"][name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("accumulation", ACCUMULATION)
 @pytest.mark.parametrize("dp, cp", LAYOUTS)
 def test_losses_and_gradients_do_not_depend_on_the_layout(
-    dp, cp, accumulation, variant, results, expected
+    dp, cp, accumulation, name, results, expected
 ):
-    result, truth = results[(dp, cp, accumulation, *variant)], expected[variant]
+    variant = VARIANTS[name]
+    result, truth = results[(dp, cp, accumulation, variant)], expected[variant]
     assert result["num_labels"] == truth["num_labels"]
     assert result["area"] == truth["area"]
     assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
@@ -194,7 +233,7 @@ def test_recomputation_and_compilation_change_no_gradient(
     cp, recomputation, compiled, folder, expected, tmp_path
 ):
     case = [
-        *overrides(folder, cp, accumulation=1, tied=False),
+        *overrides(folder, cp, variant=VARIANTS["untied"]),
         f"train_config.activation_checkpointing={recomputation}",
         f"train_config.compile={compiled}",
     ]
@@ -203,7 +242,7 @@ def test_recomputation_and_compilation_change_no_gradient(
     worker = ROOT / "tests/gradients_worker.py"
     torchrun(cp, worker, tmp_path / "cases.json", tmp_path / "out.pt")
     (result,) = torch.load(tmp_path / "out.pt")
-    truth = expected[(False, True, None)]
+    truth = expected[VARIANTS["untied"]]
     assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
     for name, gradient in result["gradients"].items():
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
@@ -215,27 +254,14 @@ def test_ranks_that_have_whole_documents_gather_nothing_and_give_the_same_gradie
 ):
     """Other documents on each; in one case it is the first of two micro-batches, and one is cut."""
     variant, batch_size, lengths = WHOLE[dp, cp]
-    result = results[(dp, cp, "whole", *variant)]
+    result = results[(dp, cp, "whole", variant)]
     assert result["gathers"] == [False, True][: len(lengths)]
     every_length = sum(lengths, []) * dp
-    truth = dense_reference(folder, result["weights"], *variant, batch_size, every_length)
+    truth = dense_reference(folder, result["weights"], variant, batch_size, every_length)
     for figure in ("num_labels", "area", "loss", "grad_norm"):
         assert result[figure] == pytest.approx(truth[figure], rel=1e-5), figure
     for name, gradient in result["gradients"].items():
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
-
-
-def test_a_run_may_have_many_shapes(config, monkeypatch):
-    """What a rank gets varies with the documents; each shape is compiled with and without grad."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {}), "full")
-    model.compile_parts()
-    for tokens in range(1, 11):
-        x = torch.randn(tokens, model.config.hidden_size, requires_grad=True)
-        cos, sin = torch.randn(2, tokens, model.config.head_dim // 2)
-        for enabled in (True, False):
-            with torch.set_grad_enabled(enabled):
-                model.model.layers[0].before_attention(x, cos, sin)
 
 
 def test_the_batch_has_what_it_should(folder):
@@ -257,8 +283,8 @@ def test_each_rank_holds_its_share_of_the_model(results):
 
 def test_weights_do_not_depend_on_the_layout(results):
     """Nor on FSDP: they are those of the plain model, initialised by the same seed."""
-    for (dp, cp, accumulation, tied, *_), result in results.items():
-        config = LlamaConfig.from_preset("tiny", shape(tied))
+    for (dp, cp, accumulation, variant), result in results.items():
+        config = LlamaConfig.from_preset("tiny", shape(variant))
         plain = LlamaForCausalLM(config)
         init_weights(plain, 0.1, seed=42)
         for name, weight in plain.named_parameters():
@@ -285,7 +311,13 @@ def test_adamw_decays_matrices_alone_and_steps_like_the_formula():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig.from_preset("tiny", {"num_hidden_layers": 1}))
     optimizer, lr_scheduler = main.build_optimizer(
-        model, {**main.train_config["optimizer_config"], "weight_decay": 0.5, "warmup_iters": 4}
+        model,
+        {
+            **main.train_config["optimizer_config"],
+            "learning_rate": 3e-4,
+            "weight_decay": 0.5,
+            "warmup_iters": 4,
+        },
     )
     before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     for param in model.parameters():
@@ -357,7 +389,7 @@ def test_training_steps_like_the_formulas(folder, tmp_path):
 def test_fsdp_wraps_each_layer_and_keeps_gradients_in_float32(config, cp_group, folder):
     """And in bfloat16 RoPE's cos and sin arrive uncast: FSDP leaves the layers' inputs alone."""
     bfloat16 = ["train_config.dtype=bfloat16", "data_config.batch_size=1"]
-    main.set_up([*overrides(folder, cp=1, accumulation=1), *bfloat16])
+    sources = main.set_up([*overrides(folder), *bfloat16])
     mesh = main.build_mesh()
     model = main.parallelize_model(main.build_llama_model(), mesh)
     assert isinstance(model, FSDPModule)
@@ -366,7 +398,9 @@ def test_fsdp_wraps_each_layer_and_keeps_gradients_in_float32(config, cp_group, 
     model.model.layers[0].register_forward_hook(
         lambda layer, inputs, output: seen.extend(x.dtype for x in (*inputs[:3], output))
     )
-    main.forward_backward(model, main.prepare_step(mesh, model.config, 0), mesh)
+    batch = main.prepare_batch(sources["train"], mesh, model.config, None, 0)
+    ((input_ids, labels, position_ids, key),) = batch.micro_batches
+    main.loss_func(model(input_ids, position_ids, key, labels), batch.num_labels, mesh).backward()
     assert seen == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
     for name, param in model.named_parameters():
         assert param.dtype == param.grad.dtype == torch.float32, name
@@ -392,15 +426,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     config, cp_group, folder, tmp_path
 ):
     output_dir = f"train_config.output_dir={tmp_path}"
-    main.set_up([*overrides(folder, cp=1, accumulation=1), output_dir])
+    sources = main.set_up([*overrides(folder), output_dir])
     mesh = main.build_mesh()
     model = main.parallelize_model(main.build_llama_model(), mesh)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("inf")
     optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
     before = [p.full_tensor().clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan .*rank 0: loss sum"):
-        main.train(model, optimizer, lr_scheduler, mesh, train_iters=5)
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan .*rank 0: its part of"):
+        main.train(model, optimizer, lr_scheduler, mesh, sources, train_iters=5)
     for param, weight in zip(model.parameters(), before, strict=True):
         assert torch.equal(param.full_tensor(), weight)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -410,9 +444,9 @@ def test_positions_count_within_documents_and_labels_pad_with_ignored(
     config, cp_group, folder, monkeypatch
 ):
     monkeypatch.setattr(main, "balanced_chunk_size", lambda *_: 50)
-    main.set_up(overrides(folder, cp=1, accumulation=1))
+    sources = main.set_up(overrides(folder))
     mesh = main.build_mesh()
-    ((input_ids, labels, cu_seqlens),) = main.prepare_data(mesh, train_iter=0)
+    ((input_ids, labels, cu_seqlens),) = main.prepare_data(sources["train"], mesh, train_iter=0)
     assert cu_seqlens.dtype == torch.int32
     local_ids, local_labels, position_ids, key = main.prepare_magi_attention(
         input_ids, labels, cu_seqlens, main.build_llama_config(), mesh
@@ -439,6 +473,6 @@ def test_positions_count_within_documents_and_labels_pad_with_ignored(
 )
 def test_what_cannot_run_is_said_before_anything_is_built(config, folder, override, sentence):
     with pytest.raises(ValueError) as error:
-        main.set_up([*overrides(folder, cp=1, accumulation=1), override])
+        main.set_up([*overrides(folder), override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)

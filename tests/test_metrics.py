@@ -1,5 +1,6 @@
 """FLOPs against torch's own counter, and what a run writes."""
 
+import dataclasses
 import json
 import time
 from types import MappingProxyType
@@ -10,27 +11,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_llama import PRESETS
+from main import Batch
 from modeling_llama import LlamaForCausalLM
 from support.metrics import (
     MetricsWriter,
     attention_area,
     peak_flops,
     plot,
-    run_config,
     training_flops,
 )
 
-STEP = dict(
-    loss=2.5,
-    grad_norm=1.25,
-    learning_rate=3e-4,
-    num_labels=4090,
-    area=1e6,
-    step_seconds=0.5,
-    plan_seconds=0.001,
-    data_seconds=0.002,
-    save_seconds=0.003,
-)
+BATCH = Batch([], num_labels=4090.0, area=1e6, data_seconds=0.002, plan_seconds=0.001)
 KEYS = (
     "step loss grad_norm lr tokens step_ms tokens_per_s tflops_per_gpu mfu peak_memory_gib plan_ms "
     "data_ms save_ms"
@@ -55,6 +46,7 @@ def test_flops_are_those_of_the_matrix_products(is_causal):
 
 def write_run(output_dir, steps, first_iter=0, loss=2.5, eval_losses=MappingProxyType({})):
     config = {
+        "llama_config": dataclasses.asdict(PRESETS["tiny"]),
         "data_config": {"batch_size": 4, "seqlen": 1024},
         "train_config": {
             "train_iters": steps,
@@ -63,9 +55,13 @@ def write_run(output_dir, steps, first_iter=0, loss=2.5, eval_losses=MappingProx
             "output_dir": str(output_dir),
         },
     }
-    writer = MetricsWriter(run_config(config, PRESETS["tiny"], "text"), first_iter, world_size=2)
-    for step in range(first_iter + 1, steps + 1):
-        writer.write(step=step, **{**STEP, "loss": loss}, eval_loss=eval_losses.get(step))
+    writer = MetricsWriter(config, first_iter, world_size=2)
+    for number in range(first_iter + 1, steps + 1):
+        results = torch.tensor(loss), torch.tensor(1.25)
+        step = writer.queue(number, BATCH, *results, learning_rate=3e-4, save_seconds=0.003)
+        step.end = writer.start + 0.5
+        step.wait()
+        writer.write(step, eval_losses.get(number))
     writer.close()
 
 

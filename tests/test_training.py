@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import socket
 import subprocess
 import sysconfig
@@ -50,11 +51,11 @@ def test_a_run_describes_itself_and_learns(one_process):
     lines = stdout.splitlines()
     starts = [line.split(":")[0] for line in lines]
     assert starts == (
-        ["one process", "machine", "mesh", "attention", "attention", "data", "config", "model"]
+        ["machine", "mesh", "one process", "attention", "attention", "data", "config", "model"]
         + ["parameters", "step", "step", "step", "saved"]
     )
-    assert "python " in lines[1] and "torch " in lines[1] and "CPU" in lines[1]
-    assert lines[2] == "mesh: dp 1 x cp 1, 1 processes"
+    assert "python " in lines[0] and "torch " in lines[0] and "CPU" in lines[0]
+    assert lines[1] == "mesh: dp 1 x cp 1, 1 processes"
     assert lines[3] == "attention: native (scaled_dot_product_attention)"
     assert lines[4].startswith("attention: magi_attention cannot run: ")
     config = json.loads((output_dir / "config.json").read_text())
@@ -70,7 +71,9 @@ def test_a_run_describes_itself_and_learns(one_process):
 
 def test_run_sh_on_three_processes_trains_the_same(one_process, tmp_path):
     """cp 3: neither the length nor the head counts are divisible by it."""
-    result = run("bash", "run.sh", *SHORT, f"train_config.output_dir={tmp_path}", GPUS_PER_NODE="3")
+    arguments = [*SHORT, f"train_config.output_dir={tmp_path}"]
+    arguments.append("parallel_config.context_parallel_size=3")
+    result = run("bash", "run.sh", *arguments, GPUS_PER_NODE="3")
     assert "mesh: dp 1 x cp 3" in result.stdout
     assert_same_training(tmp_path, one_process[0])
 
@@ -227,12 +230,38 @@ def test_a_gradient_that_overflows_stops_all_ranks_with_their_state(tmp_path):
     assert result.returncode != 0
     (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert said.startswith("error: step 2: the loss is ")
-    assert "stopped before the weights were changed. rank 0: " in said
+    assert "stopped before the weights changed. rank 0: " in said
     assert "; rank 1: " in said
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
 
 
+def test_the_edited_file_is_what_run_sh_trains(tmp_path):
+    """In a copy of the project, without overrides. The laptop's values stand behind ON_GPU."""
+    for name in ["main.py", "run.sh", "modeling_llama.py", "configuration_llama.py"]:
+        shutil.copy(ROOT / name, tmp_path)
+    for wing in ("context_parallel", "data", "checkpoint", "support"):
+        shutil.copytree(ROOT / wing, tmp_path / wing)
+    text = (ROOT / "llama_pretrain_config.py").read_text()
+    for line, edited in (
+        ("seqlen=8192 if ON_GPU else 512,", "seqlen=96,"),
+        ("train_iters=1000 if ON_GPU else 150,", "train_iters=2,"),
+        ("learning_rate=3e-4 if ON_GPU else 2e-3,", "learning_rate=5e-4,"),
+    ):
+        assert line in text
+        text = text.replace(line, edited)
+    (tmp_path / "llama_pretrain_config.py").write_text(text)
+    subprocess.run(
+        ["bash", "run.sh"], cwd=tmp_path, env=environment(PYTHONPATH=""), check=True, timeout=300
+    )
+    config = json.loads((tmp_path / "runs/tiny/config.json").read_text())
+    assert config["model_config"]["preset"] == "tiny"
+    assert config["parallel_config"]["context_parallel_size"] == 2
+    records = read_metrics(tmp_path / "runs/tiny")
+    assert [record["lr"] for record in records] == pytest.approx([5e-5, 1e-4])
+    assert all(record["tokens"] <= 4 * 96 for record in records)
+
+
 def test_help_lists_the_keys():
     result = run("python", "main.py", "--help")
-    for key in ("data_config.seqlen=8192", "train_config.optimizer_config.betas=(0.9, 0.95)"):
+    for key in ("data_config.seqlen=512", "train_config.optimizer_config.betas=(0.9, 0.95)"):
         assert key in result.stdout

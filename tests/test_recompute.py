@@ -1,0 +1,266 @@
+"""Recomputation changes no value, and keeps what it should."""
+
+import dataclasses
+import functools
+import gc
+
+import pytest
+import torch
+from conftest import SMALL, relative_error, run_model
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from configuration_llama import LlamaConfig
+from context_parallel import native
+from modeling_llama import LlamaForCausalLM
+from support import recompute
+from support.recompute import apply_compile, apply_recompute
+
+MODES = ["none", "selective", "full"]
+CONFIG = dataclasses.replace(SMALL, tie_word_embeddings=False)
+
+
+def build(mode: str, config: LlamaConfig = CONFIG, compiled: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(2)
+    model = LlamaForCausalLM(config)
+    apply_recompute(model, mode)
+    if compiled:
+        apply_compile(model)
+    return model
+
+
+def run_and_differentiate(model, cp_group) -> dict[str, torch.Tensor]:
+    """Returns the gradients of two documents' loss, by the parameters' names."""
+    torch.manual_seed(3)
+    tokens, labels = torch.randint(model.config.vocab_size, (2, 60))
+    run_model(model, tokens, [20, 40], cp_group, labels=labels).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("slice_size", [7, 64])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputation_slices_and_compilation_change_no_gradient(
+    mode, compiled, slice_size, cp_group, monkeypatch
+):
+    monkeypatch.setattr(recompute, "MLP_SLICE_SIZE", slice_size)
+    expected = run_and_differentiate(build("none"), cp_group)
+    found = run_and_differentiate(build(mode, compiled=compiled), cp_group)
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert relative_error(grad, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("frozen", ["model.embed_tokens", "lm_head", "model.layers.0", "model"])
+def test_frozen_parts_cut_no_other_gradient_off(frozen, mode, cp_group):
+    expected = run_and_differentiate(build("none"), cp_group)
+    model = build(mode)
+    model.get_submodule(frozen).requires_grad_(False)
+    found = run_and_differentiate(model, cp_group)
+    trained = {name for name in expected if not name.startswith(f"{frozen}.")}
+    assert found.keys() == trained
+    for name in trained:
+        assert relative_error(found[name], expected[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_fire_and_replaced_modules_are_used(mode, cp_group):
+    class Halved(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args):
+            return self.module(*args) / 2
+
+    plain, model = build("none"), build(mode)
+    for changed in (plain, model):
+        for layer in changed.model.layers:
+            layer.mlp, layer.self_attn = Halved(layer.mlp), Halved(layer.self_attn)
+    called = []
+    for name in ("self_attn", "mlp"):
+        module = getattr(model.model.layers[0], name)
+        module.register_forward_hook(lambda module, args, out, name=name: called.append(name))
+    expected, found = run_and_differentiate(plain, cp_group), run_and_differentiate(model, cp_group)
+    assert set(called) == {"self_attn", "mlp"}
+    for name, grad in found.items():
+        assert relative_error(grad, expected[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_can_be_asked_for_by_name(mode, cp_group):
+    """`torch.autograd.grad` and hooks on a parameter work as without recomputation."""
+    expected = run_and_differentiate(build("none"), cp_group)
+    model = build(mode)
+    torch.manual_seed(3)
+    tokens, labels = torch.randint(model.config.vocab_size, (2, 60))
+    weight, hooked = model.model.layers[1].mlp.up_proj.weight, []
+    weight.register_hook(lambda grad: hooked.append(grad))
+    loss = run_model(model, tokens, [20, 40], cp_group, labels=labels).sum()
+    (grad,) = torch.autograd.grad(loss, [weight])
+    assert len(hooked) == 1
+    assert relative_error(grad, expected["model.layers.1.mlp.up_proj.weight"]) < 1e-6
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("mode, kernels", [("none", 1), ("selective", 1), ("full", 2)])
+def test_each_mode_keeps_and_computes_what_it_says(mode, kernels, gathers, cp_group, monkeypatch):
+    """In floats. The attention's output is as large as a layer's input, x. On a CPU, `native` keeps
+    each piece's output too.
+    """
+    monkeypatch.setattr(recompute, "MLP_SLICE_SIZE", 64)
+    calls = count_calls(monkeypatch)
+    keep_gathering(monkeypatch, gathers)
+    config = dataclasses.replace(CONFIG, intermediate_size=1000)
+    model = build(mode, config)
+    tokens, labels = torch.randint(config.vocab_size, (2, 512))
+    with Live() as live:
+        hidden = run_model(model, tokens, [512], cp_group)
+        kept = live.bytes() // 4 - hidden.numel()
+        hidden.sum().backward()
+    assert len(calls) == kernels * config.num_hidden_layers
+
+    x, mlp = 512 * config.hidden_size, 512 * 1000
+    per_layer = {"full": x, "selective": 3 * x + 512 * config.num_attention_heads}
+    others = 3 * x + 4 * 512 * config.head_dim  # of the final norm, and RoPE
+    if mode == "none":
+        assert kept > config.num_hidden_layers * 3 * mlp
+    else:
+        assert kept <= config.num_hidden_layers * per_layer[mode] + others
+        assert live.largest < mlp
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_run_may_have_many_shapes(mode, cp_group, monkeypatch):
+    """Documents decide how many tokens a rank gets. Each shape is compiled, also without grad."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = build(mode, compiled=True)
+    for tokens in range(1, 11):
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                run_model(model, torch.arange(tokens), [tokens], cp_group)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_leaves_out_the_last_product(mode, cp_group):
+    """Counted by torch: each matrix product of a layer once more, except down_proj's."""
+    counted = {}
+    for each in ("none", mode):
+        model = build(each)
+        with FlopCounterMode(display=False) as counter:
+            run_and_differentiate(model, cp_group)
+        counted[each] = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    layer = model.model.layers[0]
+    products = [m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear)]
+    again = sum(products) - layer.mlp.down_proj.weight.numel()
+    assert counted[mode] - counted["none"] == 2 * 60 * again * CONFIG.num_hidden_layers
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_the_memory_of_a_recomputing_layer_s_backward(mode, cp_group, monkeypatch):
+    """In sizes of its input: q, k and v, their gradients (5 / 3 each), the attention's output, its
+    gradient, and the gradients of both halves. On a CPU also the pieces' gradients while they are
+    concatenated. All else belongs to a slice, and ends with it.
+    """
+    monkeypatch.setattr(recompute, "MLP_SLICE_SIZE", 64)
+    layer = build(mode).model.layers[0]
+    x = torch.randn(4096, CONFIG.hidden_size, requires_grad=True)
+    cos, sin = torch.randn(2, 4096, CONFIG.head_dim // 2)
+    cu_seqlens = torch.arange(0, 4097, 64, dtype=torch.int32)
+    key = native.magi_attn_varlen_key(
+        cu_seqlens, cu_seqlens, 6, 2, CONFIG.head_dim, 0, cp_group, causal=True
+    )
+    y = layer(x, cos, sin, key)
+    grad = torch.ones_like(y)
+    with Live() as live:
+        y.backward(grad)
+    assert live.peak / x.nbytes < 2 * 5 / 3 + 5 + 0.25
+
+
+class KeepsItsOutput(torch.autograd.Function):
+    """Stands for a GPU's kernel, whose backward takes its output. It computes nothing."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pieces):
+        out = q + 1
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, _ = ctx.saved_tensors
+        return grad, torch.zeros_like(k), torch.zeros_like(v), None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_layer_that_is_no_longer_needed_is_freed_at_once(
+    mode, gathers, backward, cp_group, monkeypatch
+):
+    """Also without its backward, as after an error: no reference cycle waits for gc."""
+    monkeypatch.setattr(native, "select_kernel", lambda *args: ("kernel", KeepsItsOutput.apply))
+    keep_gathering(monkeypatch, gathers)
+    model = build(mode)
+    gc.collect()
+    gc.disable()
+    try:
+        with Live() as live:
+            logits = run_model(model, torch.arange(64), [64], cp_group)
+            if backward:
+                logits.sum().backward()
+                model.zero_grad()
+            del logits
+            assert live.bytes() == 0
+    finally:
+        gc.enable()
+
+
+def count_calls(monkeypatch) -> list:
+    """Returns a list that grows with each call of `native`'s attention."""
+    calls, calc_attn = [], native.calc_attn
+
+    def counted(*args):
+        calls.append("attention")
+        return calc_attn(*args)
+
+    monkeypatch.setattr(native, "calc_attn", counted)
+    return calls
+
+
+def keep_gathering(monkeypatch, gathers: bool) -> None:
+    """Makes keys of one process gather, as those of a cp group do where a document is cut."""
+    build_key = native.magi_attn_varlen_key
+
+    def with_gathers(*args, **kwargs):
+        return dataclasses.replace(build_key(*args, **kwargs), gathers=gathers)
+
+    monkeypatch.setattr("conftest.magi_attn_varlen_key", with_gathers)
+
+
+class Live(TorchDispatchMode):
+    """Notes which storages operations make: the bytes alive now, the peak, the largest tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages, self.peak, self.largest = {}, 0, 0
+
+    def bytes(self) -> int:
+        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
+        return sum(nbytes for _, nbytes in self.storages.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if torch.is_tensor(x)}
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                self.largest = max(self.largest, tensor.numel())
+                if storage.data_ptr() not in known:
+                    self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.bytes())
+        return out
