@@ -317,7 +317,7 @@ def train(
             if queued:
                 log_step(queued)
             queued = step  # on a GPU it is logged when the next step is queued
-            if stream is None or evaluates or checkpointer.is_due(number, stop):
+            if stream is None or is_last or evaluates or checkpointer.is_due(number, stop):
                 log_step(step, evaluates)
                 queued = None
             save_seconds = checkpointer.after_step(number, stop)

@@ -77,8 +77,8 @@ def lock_output_dir(output_dir: str) -> None:
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise ValueError(
-            f"train_config.output_dir={output_dir!r} is in use by {file.read().strip()}; end that "
-            f"process, or remove {file.name} if it has ended, or give another output_dir"
+            f"train_config.output_dir={output_dir!r} is in use: {file.read().strip()} writes it; "
+            f"end that, or remove {file.name} if it has ended, or give another output_dir"
         ) from None
     except OSError:
         pass  # a file system without locks
