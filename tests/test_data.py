@@ -221,15 +221,15 @@ def numbers(tmp_path):
 
 def batches(monkeypatch, dp: int, accumulation: int, steps: int, **keys) -> np.ndarray:
     """The tokens that all dp ranks get in some steps, by main.prepare_data."""
-    for key, value in {"seqlen": 64, "batch_size": 4, **keys}.items():
+    keys = {"seqlen": 64, "batch_size": 4, **keys}
+    for key, value in keys.items():
         monkeypatch.setitem(main.data_config, key, value)
     monkeypatch.setitem(main.train_config, "gradient_accumulation_steps", accumulation)
-    monkeypatch.setitem(main.model_config, "overrides", {"vocab_size": 1000})
-    found = []
+    source, found = open_data(vocab_size=1000, **keys), []
     for step in range(steps):
         for rank in range(dp):
             dim = SimpleNamespace(size=lambda: dp, get_local_rank=lambda rank=rank: rank)
-            micro_batches = main.prepare_data({"dp": dim}, step)
+            micro_batches = main.prepare_data(source, {"dp": dim}, step)
             assert len(micro_batches) == accumulation
             found += [input_ids.numpy() for input_ids, _, _ in micro_batches]
     return np.concatenate(found)
