@@ -1,7 +1,7 @@
 """Checkpoints: save, and resume on any layout.
 
-format.py defines the files of a checkpoint and how they are written. __main__.py has the commands
-`inspect` and `export`.
+format.py writes, checks and reads the files of a checkpoint. __main__.py has the commands `inspect`
+and `export`.
 """
 
 import json
@@ -29,23 +29,23 @@ from .format import (
     Reader,
     Writer,
     checkpoints,
-    damage,
+    find_damage,
     read_manifest,
     remove_leftovers,
 )
 
-# Keys that may not change on resume: it would be another run. All others may.
+# Keys that may not change on resume, since they make another run. All others may.
 FIXED = ("data", "llama_config.", "train_config.seed")
-# Keys that say where a run is. They do not change its training.
+# Keys of a run's place. They do not change its training.
 ELSEWHERE = ("machine.", "train_config.output_dir", "train_config.resume")
 
 
 def find(config: dict[str, Any], restarts: int) -> list[str]:
-    """Returns the checkpoints from which a run may go on, the best first; none to start anew.
+    """Returns the checkpoints from which a run may resume, the newest first; none to start anew.
 
-    config: the run's, with `train_config.resume`. restarts: how often torchrun started the run
-    again; a restarted run ignores `resume` and takes its own checkpoints.
-    Raises CheckpointError if resuming would lose or mix up files in output_dir.
+    config: the run's, with `train_config.resume`. restarts: the number of restarts by torchrun; a
+    restarted run ignores `resume` if it has checkpoints of its own.
+    Raises CheckpointError if the run would lose or mix up files in output_dir.
     """
     resume, output_dir = config["train_config"]["resume"], config["train_config"]["output_dir"]
     own = checkpoints(output_dir)
@@ -55,7 +55,7 @@ def find(config: dict[str, Any], restarts: int) -> list[str]:
         if not restarts and (own or os.path.exists(os.path.join(output_dir, "metrics.jsonl"))):
             raise CheckpointError(
                 f"train_config.resume='never', but train_config.output_dir={output_dir!r} holds a "
-                f"run; give another output_dir, remove this one, or go on with resume='auto'"
+                f"run; give another output_dir, remove this one, or set resume='auto'"
             )
         return []
     found = checkpoints(resume)
@@ -66,54 +66,52 @@ def find(config: dict[str, Any], restarts: int) -> list[str]:
         )
     if own and not os.path.samefile(own[0], found[0]):
         raise CheckpointError(
-            f"train_config.resume={resume!r}, but train_config.output_dir has its own newest "
-            f"checkpoint, {own[0]}; give another output_dir, or go on from that with resume='auto'"
+            f"train_config.resume={resume!r}, but the newest checkpoint in train_config.output_dir "
+            f"is {own[0]}; give another output_dir, or set resume='auto' to resume from it"
         )
     return found
 
 
 def check_resume(config: dict[str, Any], restarts: int = 0) -> None:
-    """Raises CheckpointError if a run of this config cannot go on from what is there.
-
-    It reads only manifests.
-    """
+    """Raises CheckpointError if a run with this config cannot resume. It reads only manifests."""
     for path in find(config, restarts):
         try:
             manifest = read_manifest(path)
         except CheckpointError:
-            continue  # `Checkpointer.resume` says so
-        _changes(path, manifest, config)
+            continue  # `Checkpointer.resume` warns of it
+        _config_changes(path, manifest, config)
         return
 
 
-def _changes(
+def _config_changes(
     path: str, manifest: dict[str, Any], config: dict[str, Any]
 ) -> list[tuple[str, Any, Any]]:
-    """Returns (key, saved value, asked value) where the config is not the checkpoint's. Raises
-    CheckpointError for a key that may not change. Keys that only one of the two has are of another
-    version: left out.
+    """Returns (key, saved value, new value) of each key that differs from the checkpoint's config.
+
+    Keys that only one of the two has come from another version and are ignored.
+    Raises CheckpointError for a key that may not change.
     """
     changes = list(_differences(manifest["config"], json.loads(json.dumps(config))))
-    for key, saved, asked in changes:
+    for key, saved, new in changes:
         if key.startswith(FIXED):
             raise CheckpointError(
-                f"{key}={asked!r}, but {path} was trained with {saved!r}, and a run may not change "
-                f"that; set it back, or give another train_config.output_dir"
+                f"{key}={new!r}, but {path} was trained with {saved!r}, and a run may not change "
+                f"this key; set it back, or give another train_config.output_dir"
             )
     if manifest["step"] > config["train_config"]["train_iters"]:
         raise CheckpointError(
-            f"train_config.train_iters={config['train_config']['train_iters']}, but {path} is "
-            f"beyond it; give more steps, or another train_config.output_dir"
+            f"train_config.train_iters={config['train_config']['train_iters']}, but {path} has "
+            f"more steps; raise train_iters, or give another train_config.output_dir"
         )
     return changes
 
 
-def _differences(saved: dict, asked: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in [key for key in saved if key in asked and saved[key] != asked[key]]:
-        if isinstance(saved[key], dict) and isinstance(asked[key], dict):
-            yield from _differences(saved[key], asked[key], f"{prefix}{key}.")
+def _differences(saved: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in [key for key in saved if key in new and saved[key] != new[key]]:
+        if isinstance(saved[key], dict) and isinstance(new[key], dict):
+            yield from _differences(saved[key], new[key], f"{prefix}{key}.")
         else:
-            yield prefix + key, saved[key], asked[key]
+            yield prefix + key, saved[key], new[key]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,11 +120,11 @@ def _differences(saved: dict, asked: dict, prefix: str = "") -> Iterator[tuple[s
 
 
 class Checkpointer:
-    """Saves a run while it trains, takes it up again, and hears the signals that ask it to leave.
+    """Saves and resumes a run, and handles the signals that stop it.
 
-    SIGTERM and SIGUSR1, which schedulers send, and SIGINT set `stopping`, and so does the end of
-    torchrun: nobody would look after the run. The ranks agree on it in the training loop, and
-    `after_step` then saves.
+    SIGINT, SIGTERM and SIGUSR1 set `stopping`; schedulers send the last two. The end of torchrun
+    sets it too, since nothing else would end this process. The ranks agree on it in the training
+    loop, and `after_step` then saves.
     """
 
     def __init__(
@@ -139,19 +137,18 @@ class Checkpointer:
         restarts: int = 0,
     ) -> None:
         """config: the resolved sections, `llama_config` and `machine`. log: prints on rank 0 only.
-        restarts: of `find`. A collective over all ranks, like all methods.
+        restarts: as in `find`. All methods are collectives over all ranks.
         """
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.config, self.log, self.restarts = config, log, restarts
         self.train_config = config["train_config"]
         self.writer = Writer(self.train_config["keep_last"])
-        # A group of its own: DCP's thread talks on it while the training talks on the others. Gloo,
-        # since what it talks about is on the CPU.
+        # DCP's thread needs its own group, since training uses the others at the same time.
         self.group = dist.new_group(backend="gloo")
-        self.saving = None  # the future of the save under way
-        self.failure, self.ever_failed = "", False  # the last save, and any
+        self.saving = None  # the future of the pending save
+        self.failure, self.ever_failed = "", False  # the last save's error; whether any save failed
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.signals = signals = []  # received; the handler must not keep all of this alive
+        self.signals = signals = []  # received; a handler with `self` would keep the model alive
 
         def on_signal(number: int, frame: object) -> None:
             signals.append(number)
@@ -163,18 +160,19 @@ class Checkpointer:
 
     @property
     def stopping(self) -> bool:
-        """Whether this rank wants the run to save and leave after this step."""
+        """Whether this rank asks all ranks to save and exit after this step."""
         is_orphan = self.torchrun not in (None, os.getppid())
-        return bool(self.signals) or is_orphan or self.failed_for_good
+        return bool(self.signals) or is_orphan or self.stops_on_failure
 
     @property
-    def failed_for_good(self) -> bool:
+    def stops_on_failure(self) -> bool:
+        """Whether the last save failed and the config asks to stop then."""
         return bool(self.failure) and self.train_config["on_checkpoint_failure"] == "stop"
 
     def resume(self) -> int:
-        """Goes on from the newest whole checkpoint that `find` gives; returns its step, 0 if none.
+        """Resumes from the newest complete checkpoint that `find` returns; returns its step, or 0.
 
-        Raises CheckpointError if all that are there are damaged, or none fits the config.
+        Raises CheckpointError if all checkpoints are damaged, or if the config does not fit.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         found = [None]
@@ -184,20 +182,21 @@ class Checkpointer:
         dist.broadcast_object_list(found, group=self.group)
         problems = [""] * world_size
         for path in found[0]:
-            dist.all_gather_object(problems, damage(path, rank, world_size), group=self.group)
+            problem = find_damage(path, rank, world_size)
+            dist.all_gather_object(problems, problem, group=self.group)
             if any(problems):
                 self.log(f"warning: {path} is damaged and skipped: {max(problems)}")
                 continue
             manifest = read_manifest(path)
-            changes = _changes(path, manifest, self.config)
-            for key, saved, asked in changes:
-                self.log(f"resume: {key} {saved!r} -> {asked!r}")
+            changes = _config_changes(path, manifest, self.config)
+            for key, saved, new in changes:
+                self.log(f"resume: {key} {saved!r} -> {new!r}")
             step, train_iters = manifest["step"], self.train_config["train_iters"]
             changed = [key for key, *_ in changes if not key.startswith(ELSEWHERE)]
             if step == train_iters and changed:
                 raise CheckpointError(
                     f"{path} has all {train_iters} steps, so a change of {', '.join(changed)} "
-                    f"would train nothing; give more train_config.train_iters, or an output_dir "
+                    f"would train nothing; raise train_config.train_iters, or give an output_dir "
                     f"other than {self.train_config['output_dir']!r}"
                 )
             self._load(path, manifest)
@@ -206,8 +205,8 @@ class Checkpointer:
             return step
         if found[0]:
             raise CheckpointError(
-                f"of {', '.join(found[0])} none is whole; to begin again, give another "
-                f"train_config.output_dir"
+                f"all checkpoints are damaged: {', '.join(found[0])}; give another "
+                f"train_config.output_dir to start anew"
             )
         return 0
 
@@ -224,19 +223,19 @@ class Checkpointer:
         return is_last or (interval > 0 and step % interval == 0)
 
     def after_step(self, step: int, stop: bool) -> float:
-        """Saves where a checkpoint is due; returns the seconds that training stood still for it.
+        """Saves if a checkpoint is due; returns the seconds for which training paused.
 
-        step: the first is 1. stop: whether a rank was `stopping`, the same on all ranks. Then, and
-        after the last step, it waits until the checkpoint stands. Raises CheckpointError if it
-        does not, or if a save failed and `on_checkpoint_failure` is "stop".
+        step: the first is 1. stop: whether any rank is `stopping`, the same on all ranks. With
+        `stop`, and after the last step, it waits until the checkpoint is complete. Raises
+        CheckpointError if this save fails, or if one failed and `on_checkpoint_failure` is "stop".
         """
         start = time.perf_counter()
         if self.saving is not None and self.saving.done():
-            self._settle()
+            self.wait_for_save()
         if not self.is_due(step, stop):
             return 0.0
-        self._settle()
-        if self.failed_for_good:
+        self.wait_for_save()
+        if self.stops_on_failure:
             raise CheckpointError(self.failure)
         self.writer.manifest = {
             "step": step,
@@ -248,23 +247,23 @@ class Checkpointer:
             self._state(dist.get_rank()),
             checkpoint_id=os.path.join(self.train_config["output_dir"], f"step-{step:08}.tmp"),
             storage_writer=self.writer,
-            # Each save writes the same tensors: their plan is made, and checked, once. Not after a
-            # failure, of which torch 2.11 keeps a plan that only some ranks have.
+            # Each save writes the same tensors, so DCP may cache its plan; after a failure torch
+            # 2.11 has it on only some ranks.
             planner=dcp.DefaultSavePlanner(enable_plan_caching=not self.ever_failed),
             process_group=self.group,
         )
         if stop or step == self.train_config["train_iters"]:
-            self._settle()
+            self.wait_for_save()
             if self.failure:
                 raise CheckpointError(self.failure)
             if stop:
                 resume = self.train_config["resume"]
                 same = "" if resume == "auto" else " with train_config.resume=auto"
-                self.log(f"asked to stop: left after step {step}; the same command{same} goes on")
+                self.log(f"asked to stop: saved step {step}; the same command{same} resumes")
         return time.perf_counter() - start
 
-    def _settle(self) -> None:
-        """Waits for the save under way, if there is one, and says how it ended."""
+    def wait_for_save(self) -> None:
+        """Waits for the pending save, if there is one, and logs its result."""
         if self.saving is None:
             return
         error, self.saving = self.saving.exception(), None
@@ -276,19 +275,19 @@ class Checkpointer:
         self.ever_failed = True
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        failures = getattr(error, "failures", {})  # of DCP: {rank: (exception, traceback)}
+        failures = getattr(error, "failures", {})  # DCP's: {rank: (exception, traceback)}
         reasons = [f"rank {rank}: {failure!r}" for rank, (failure, _) in failures.items()]
         self.failure = (
-            f"the checkpoint {temporary.removesuffix('.tmp')} could not be written, the one before "
-            f"it stands: {'; '.join(reasons) or repr(error)}"
+            f"the checkpoint {temporary.removesuffix('.tmp')} could not be written, and the one "
+            f"before it is kept: {'; '.join(reasons) or repr(error)}"
         )
         self.log(f"warning: {self.failure}")
 
     def _state(self, rng_rank: int) -> dict[str, dict]:
-        """Returns all tensors of the run; those of model and optimizer are the run's own.
+        """Returns the tensors of model and optimizer themselves, and copies of the random states.
 
-        The weights come from seeds and nothing else draws, but what a reader may add will: each
-        rank's generators are saved, and a rank that the saving run had not takes rank % world size.
+        rng_rank: the rank whose random states these are. Training draws no random numbers; they are
+        saved for code that a user adds, such as dropout.
         """
         rng = {f"cpu.{rng_rank}": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -302,10 +301,10 @@ class Checkpointer:
     def _load(self, path: str, manifest: dict[str, Any]) -> None:
         state = self._state(dist.get_rank() % manifest["world_size"])
         reader = Reader(path)
-        saved = reader.read_metadata().state_dict_metadata
+        saved = reader.metadata.state_dict_metadata
         state["rng"] = {name: x for name, x in state["rng"].items() if f"rng.{name}" in saved}
-        dcp.load(state, storage_reader=reader, process_group=self.group)  # in place
-        # Learning rate, decay and the like are this config's; the schedule's position is the run's.
+        reader.load(state, process_group=self.group)
+        # The optimizer's settings are this config's; the schedule's position is the checkpoint's.
         groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
         set_optimizer_state_dict(
             self.model, self.optimizer, {"state": state["optimizer"], "param_groups": groups}
@@ -324,11 +323,13 @@ class Checkpointer:
 # ---------------------------------------------------------------------------------------------
 
 
-def newest_whole(path: str) -> str:
-    """Returns the newest checkpoint at `path` that is whole; warns of those that are not."""
+def newest_complete(path: str) -> str:
+    """Returns the newest complete checkpoint at `path`; warns of damaged ones."""
     for checkpoint in checkpoints(path):
-        problem = damage(checkpoint)
+        problem = find_damage(checkpoint)
         if not problem:
             return checkpoint
         print(f"warning: {checkpoint} is damaged and skipped: {problem}", file=sys.stderr)
-    raise CheckpointError(f"{path!r} holds no whole checkpoint")
+    raise CheckpointError(
+        f"{path!r} holds no complete checkpoint; give a run's output_dir, or one step-... folder"
+    )

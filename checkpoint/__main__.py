@@ -1,9 +1,9 @@
 """Commands for checkpoints.
 
-    python -m checkpoint inspect RUN_OR_STEP          # is it whole? its step, sizes and config
+    python -m checkpoint inspect RUN_OR_STEP          # checks it; prints step, sizes and config
     python -m checkpoint export RUN_OR_STEP OUT_DIR   # a folder for transformers' from_pretrained
 
-RUN_OR_STEP is a run's output_dir, for its newest checkpoint, or one `step-00000100` in it.
+RUN_OR_STEP is a run's output_dir, which means its newest checkpoint, or a `step-00000100` in it.
 """
 
 import argparse
@@ -11,23 +11,23 @@ import json
 import sys
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from configuration_llama import LlamaConfig
 
-from . import newest_whole, weights
+from . import newest_complete, weights
 from .format import Reader, read_manifest
 
 
 def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
     """Writes the weights of a checkpoint as a Hugging Face folder."""
-    path = newest_whole(path)
+    path = newest_complete(path)
     config = read_manifest(path)["config"]
-    saved = Reader(path).read_metadata().state_dict_metadata
+    reader = Reader(path)
+    saved = reader.metadata.state_dict_metadata
     sizes = {k.partition(".")[2]: x.size for k, x in saved.items() if k.startswith("model.")}
 
     def fill(weights: dict[str, torch.Tensor]) -> None:
-        dcp.load({"model": weights}, storage_reader=Reader(path), no_dist=True)
+        reader.load({"model": weights}, no_dist=True)
 
     files = weights.write_folder(
         out_dir,
@@ -41,13 +41,12 @@ def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
 
 
 def inspect(path: str) -> None:
-    """Prints a checkpoint's step, versions, sizes and config, after reading all of it."""
-    path = newest_whole(path)
+    """Reads a checkpoint's files to check them, and prints its step, sizes and config."""
+    path = newest_complete(path)
     manifest = read_manifest(path)
-    saved = Reader(path).read_metadata().state_dict_metadata
-    print(
-        f"{path}: whole\nstep: {manifest['step']}\nwritten by: {manifest['world_size']} processes"
-    )
+    saved = Reader(path).metadata.state_dict_metadata
+    print(f"{path}: complete\nstep: {manifest['step']}")
+    print(f"written by: {manifest['world_size']} processes")
     for part in ("model", "optimizer", "rng"):
         tensors = [x for name, x in saved.items() if name.startswith(f"{part}.")]
         size = sum(x.size.numel() * x.properties.dtype.itemsize for x in tensors)
@@ -73,7 +72,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     try:
         {"inspect": inspect, "export": export}[options.pop("command")](**options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,13 +1,11 @@
-"""What a checkpoint is on the disk: its files, its manifest, and how it becomes whole at once.
+"""The files of a checkpoint: how they are written, checked and read.
 
-A folder `step-00000100` holds what torch.distributed.checkpoint (DCP) writes, each rank its own
-shards of model, optimizer and generators, and a `manifest.json` with the rest: step, scheduler,
-config, versions, and the size and CRC-32 of every file. The position in the data is the step, since
-a batch is a function of (seed, step).
+A folder `step-00000100` holds the files of torch.distributed.checkpoint (DCP), in which each rank
+writes its own shards of model, optimizer and random states. `manifest.json` holds the rest: step,
+scheduler, config, versions, and the size and CRC-32 of each file. The step is also the position in
+the data, since a batch is a function of (seed, step).
 
-The folder is written as `step-00000100.tmp`, and renamed when all of it is on the disk. DCP's
-`.metadata` is a pickle: it is read only beside a manifest of this program that fits it, and only
-DCP's own records are built from it.
+A checkpoint is complete or absent: it is written as `step-00000100.tmp`, fsynced and renamed.
 """
 
 import json
@@ -20,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 FORMAT = "llama-pretrain checkpoint 1"
-STEP_NAME = r"step-\d{8}"  # ordered by name as by step
-# The names that a `.metadata` of tensors consists of.
+STEP_NAME = r"step-\d{8}"  # sorts by step
+# The names in a `.metadata` of tensors.
 PICKLED_NAMES = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata MetadataIndex TensorStorageMetadata TensorProperties ChunkStorageMetadata "
@@ -38,11 +37,11 @@ PICKLED_NAMES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, written or gone on from, in one sentence for a person."""
+    """A checkpoint cannot be read, written or resumed from; the message is one sentence."""
 
 
 def checkpoints(path: str) -> list[str]:
-    """Returns the folders of the checkpoints at `path`, the newest first: itself, or a run's."""
+    """Returns the checkpoints of a run, the newest first; or `path` itself if it is one."""
     path = os.path.normpath(path)
     if re.fullmatch(STEP_NAME, os.path.basename(path)):
         return [path]
@@ -60,13 +59,13 @@ def read_manifest(path: str) -> dict[str, Any]:
             return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"its manifest.json cannot be read: {error!r}") from None
-    raise CheckpointError("its manifest.json does not fit its own checksum or format")
+    raise CheckpointError("its manifest.json does not match its own checksum or format")
 
 
-def damage(path: str, part: int = 0, parts: int = 1) -> str:
-    """Returns what is wrong with a checkpoint, "" if nothing.
+def find_damage(path: str, part: int = 0, parts: int = 1) -> str:
+    """Returns a description of a checkpoint's damage, or "" if it is complete.
 
-    It reads every `parts`-th file whole, from the part-th on: the ranks share the work.
+    It reads every `parts`-th file, beginning with number `part`, so that the ranks share the work.
     """
     try:
         files = read_manifest(path)["files"]
@@ -76,7 +75,7 @@ def damage(path: str, part: int = 0, parts: int = 1) -> str:
             if found[0] != size:
                 return f"{name} has {found[0]:,} bytes, not {size:,}"
             if found[1] != crc32:
-                return f"{name} does not fit its checksum"
+                return f"{name} does not match its checksum"
     except (CheckpointError, OSError) as error:
         return str(error)
     return ""
@@ -87,7 +86,7 @@ def _manifest_crc(manifest: dict[str, Any]) -> int:
 
 
 def _fingerprint(path: str | os.PathLike) -> tuple[int, int]:
-    """Returns a file's size and CRC-32, which takes about 0.3 s per GB."""
+    """Returns a file's size and CRC-32."""
     size = crc32 = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -96,38 +95,37 @@ def _fingerprint(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def _sync(path: str) -> None:
-    """Makes a file's content, or a folder's entries, outlast a power failure."""
+    """Writes a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def remove(path: str) -> None:
-    """Removes a checkpoint that is never seen half removed."""
+    """Removes a checkpoint. Its name disappears first, so a killed run leaves no part of it."""
     os.rename(path, path + ".removed")
     shutil.rmtree(path + ".removed")
 
 
 def remove_leftovers(output_dir: str) -> None:
-    """Removes what was half written or half removed when a run was killed."""
+    """Removes the partial checkpoints of a killed run."""
     for name in os.listdir(output_dir):
         if re.fullmatch(STEP_NAME + r"\.(tmp|removed)", name):
             shutil.rmtree(os.path.join(output_dir, name))
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes into `STEP.tmp`, and renames it to `STEP` once it is whole and on the disk.
+    """Writes a checkpoint as `STEP.tmp`, and renames it to `STEP` when it is complete.
 
-    DCP calls `write_data` on every rank, gathers what that returns, and calls `finish` with it on
-    rank 0. An error on any rank reaches all of them. It all happens in DCP's background thread.
+    In a background thread DCP calls `write_data` on every rank, and then `finish` on rank 0 with
+    the results of all ranks. An error on any rank reaches all of them.
     """
 
     def __init__(self, keep_last: int) -> None:
-        # It makes the copy in host memory, too, that training waits for: for a GPU a pinned one,
-        # which is kept for the next.
+        # Training waits for the copy to host memory, so its pinned buffers are kept.
         super().__init__("", cache_staged_state_dict=torch.cuda.is_available())
         self.keep_last = keep_last
-        self.manifest: dict[str, Any] = {}  # of the next checkpoint, without its files
+        self.manifest: dict[str, Any] = {}  # the next checkpoint's, without its files
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
         """Writes and fsyncs this rank's file; returns DCP's results and the file's fingerprint."""
@@ -138,6 +136,7 @@ class Writer(dcp.FileSystemWriter):
         return future
 
     def finish(self, metadata: dcp.Metadata, results: list[tuple]) -> None:
+        """Writes `.metadata` and the manifest, renames the folder, and removes old checkpoints."""
         super().finish(metadata, [rank_results for rank_results, _ in results])
         temporary = os.fspath(self.path)
         files = {name: found for _, of_rank in results for name, found in of_rank.items()}
@@ -145,12 +144,12 @@ class Writer(dcp.FileSystemWriter):
             file = os.path.join(temporary, name)
             if not os.path.exists(file) or os.path.getsize(file) != size:
                 raise OSError(
-                    f"rank 0 does not see {name} as its rank wrote it; train_config.output_dir has "
-                    f"to be on a disk that all nodes share"
+                    f"rank 0 does not see {name} as its rank wrote it; put train_config.output_dir "
+                    f"on a disk that all nodes share"
                 )
         files[".metadata"] = _fingerprint(self.path / ".metadata")
         manifest = {"format": FORMAT, **self.manifest, "files": files}
-        # As JSON gives it back: floats and tuples, too, fit the checksum.
+        # The checksum covers the manifest as JSON returns it: tuples become lists.
         manifest = json.loads(json.dumps(manifest))
         manifest["crc32"] = _manifest_crc(manifest)
         with open(os.path.join(temporary, "manifest.json"), "w") as file:
@@ -159,7 +158,7 @@ class Writer(dcp.FileSystemWriter):
         _sync(temporary)
 
         path = os.path.abspath(temporary.removesuffix(".tmp"))
-        if os.path.exists(path):  # damaged, or this run would have gone on from it
+        if os.path.exists(path):  # damaged, or this run would have resumed from it
             remove(path)
         os.rename(temporary, path)
         _sync(os.path.dirname(path))
@@ -168,20 +167,79 @@ class Writer(dcp.FileSystemWriter):
             for older in run[run.index(path) :][self.keep_last :]:
                 try:
                     remove(older)
-                except OSError as error:  # the new one stands all the same
+                except OSError as error:  # the new checkpoint is complete anyway
                     print(f"warning: {older} could not be removed: {error}", flush=True)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Reads `.metadata`, a pickle that may be forged: it builds only DCP's records.
+
+    It extends pickle's private reader in Python (3.11 to 3.14): the one in C has fixed opcodes.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in PICKLED_NAMES.get(module, "").split():
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+            raise pickle.UnpicklingError(f"it names {f'{module}.{name}'!r:.100}")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Passes a record's attributes to its constructor, which refuses any others."""
+        state, record = self.stack.pop(), self.stack[-1]
+        if isinstance(record, TensorProperties):
+            record.__setstate__(state)
+        else:
+            type(record).__init__(record, **state)
+
+    def push_list(self, size: int) -> None:
+        """Takes the place of tuples: hashing a deep tuple would overflow the C stack."""
+        self.append([self.stack.pop(-i) for i in range(size, 0, -1)])
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.TUPLE[0]] = pickle._Unpickler.load_list
+    for n, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), start=1):
+        dispatch[code[0]] = lambda self, n=n: self.push_list(n)
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads only tensors (torch.load with weights_only); of the pickle, only DCP's records."""
+    """Reads a checkpoint's tensors, and runs no code that its files may hold.
+
+    metadata: DCP's records of the tensors. DCP reads the tensors with `weights_only`.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises CheckpointError if `.metadata` is not the records of this checkpoint's tensors."""
+        super().__init__(path)
+        files = read_manifest(path)["files"]
+        try:
+            with open(self.path / ".metadata", "rb") as file:
+                self.metadata = _Unpickler(file).load()
+            for name, x in self.metadata.state_dict_metadata.items():
+                tensor = torch.empty(x.size, dtype=x.properties.dtype, device="meta")
+                fits = tensor.nbytes <= sum(size for size, _ in files.values())
+                is_record = (x.size, x.properties.dtype) == (tensor.shape, tensor.dtype)
+                if not (isinstance(name, str) and is_record and fits):
+                    raise pickle.UnpicklingError("a tensor does not fit into the files")
+            if not {x.relative_path for x in self.metadata.storage_data.values()} <= files.keys():
+                raise pickle.UnpicklingError("it names a file that is not in manifest.json")
+        except Exception as error:  # a forged pickle can raise any
+            reason = error if isinstance(error, pickle.UnpicklingError) else type(error).__name__
+            raise CheckpointError(
+                f"{path}/.metadata cannot be read ({reason}); it may hold only DCP's records of "
+                f"this checkpoint's tensors; use another checkpoint"
+            ) from None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        with open(self.path / ".metadata", "rb") as file:
-            return _Unpickler(file).load()
+        return self.metadata
+
+    def load(self, state: dict[str, Any], **options: Any) -> None:
+        """Fills the tensors of `state` in place. options: dcp.load's."""
+        try:
+            dcp.load(state, storage_reader=self, **options)
+        except dcp.CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise CheckpointError(
+                f"{self.path} cannot be loaded ({f'{reason!r}':.200}); it must hold this model's "
+                f"tensors; use another checkpoint"
+            ) from None

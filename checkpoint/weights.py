@@ -1,4 +1,4 @@
-"""Weights: from a seed, or from and to a Hugging Face folder, `config.json` and `*.safetensors`."""
+"""Weights from a seed, and Hugging Face folders: `config.json` and `*.safetensors`."""
 
 import functools
 import json
@@ -22,8 +22,8 @@ from configuration_llama import LlamaConfig
 def init_weights(model: nn.Module, initializer_range: float, seed: int) -> None:
     """Fills the parameters: norms with 1, matrices from N(0, initializer_range^2).
 
-    Every rank draws each full matrix from a seed of its own and keeps its shard of it. So the
-    weights do not depend on the layout, and never more than one full matrix is in memory.
+    Every rank draws each full matrix from the matrix's own seed and keeps its shard. So the weights
+    do not depend on the layout, and at most one full matrix is in memory.
     """
     for index, param in enumerate(model.parameters()):
         if param.ndim == 1:
@@ -32,7 +32,7 @@ def init_weights(model: nn.Module, initializer_range: float, seed: int) -> None:
         generator = torch.Generator(param.device).manual_seed(seed * 1_000_003 + index)
         full = torch.empty(param.shape, dtype=param.dtype, device=param.device)
         full.normal_(0.0, initializer_range, generator=generator)
-        if isinstance(param, DTensor):  # src_data_rank=None: cut out of this rank's own copy
+        if isinstance(param, DTensor):  # src_data_rank=None: each rank cuts its own copy
             full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
         param.copy_(full)
 
@@ -40,7 +40,7 @@ def init_weights(model: nn.Module, initializer_range: float, seed: int) -> None:
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns the model's own tensors by Hugging Face's names.
 
-    A tied head is left out, as Hugging Face does: it is the embedding once more.
+    A tied head is left out, as in Hugging Face's files: it is the embedding.
     """
     state = get_model_state_dict(model)
     if model.config.tie_word_embeddings:
@@ -49,9 +49,9 @@ def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
-    """Returns the model's shape that the folder describes, with `overrides` put in its place.
+    """Returns the model's shape from the folder's config.json, with `overrides` applied.
 
-    Raises ValueError where the folder describes none, and for overrides that make none.
+    Raises ValueError if the file, or an override, is not valid.
     """
     try:
         config = _folder_config(folder)
@@ -60,14 +60,14 @@ def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
     return config.override(overrides)
 
 
-@functools.cache  # a run that has started does without the folder
+@functools.cache  # the folder may disappear after the start
 def _folder_config(folder: str) -> LlamaConfig:
     with open(os.path.join(folder, "config.json")) as file:
         return LlamaConfig.from_hf(json.load(file))
 
 
 def check_weights(model: nn.Module, folder: str) -> None:
-    """Raises ValueError if the folder's tensors are not those of the model. It reads no weights."""
+    """Raises ValueError if the folder's tensors do not match the model's. It reads no weights."""
     metadata = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
     found = {name: tensor.size for name, tensor in metadata.items()}
     wanted = {name: tensor.size() for name, tensor in model_state(model).items()}
@@ -80,14 +80,15 @@ def check_weights(model: nn.Module, folder: str) -> None:
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"model_config.init_from={folder!r}: the shape of {name} in its *.safetensors is "
-                f"{shapes[0]}, in the model {shapes[1]}"
+                f"{shapes[0]}, in the model {shapes[1]}; give another folder or other "
+                f"model_config.overrides"
             )
 
 
 def load_weights(model: nn.Module, folder: str) -> None:
-    """Fills a sharded model from the folder, whatever the dtype there.
+    """Fills a sharded model from the folder, which may have another dtype.
 
-    Each rank reads of each tensor the rows that it keeps. A collective over all ranks.
+    Each rank reads only its own rows of each tensor. A collective over all ranks.
     """
     dcp.load(model_state(model), storage_reader=HuggingFaceStorageReader(folder))
 
@@ -102,9 +103,9 @@ def write_folder(
 ) -> int:
     """Writes a folder that transformers' `from_pretrained` reads; returns the number of its files.
 
-    sizes: of the weights, by name. fill: writes weights into the empty tensors that it is given. It
-    is called once per file, so that no more than max_file_bytes (or one tensor) is in memory.
-    Raises ValueError if the folder exists; it appears whole or not at all.
+    sizes: each weight's, by name. fill: fills the empty tensors that it is given. It is called once
+    per file, so at most max_file_bytes (or one tensor) is in memory.
+    The folder is complete or absent. Raises ValueError if it exists.
     """
     if os.path.exists(folder):
         raise ValueError(f"{folder!r} exists; give the name of a new folder")

@@ -1,6 +1,6 @@
-"""Ranks of real runs: processes that call `main.main`, and are killed in many ways.
+"""Ranks of real runs: processes that call `main.main`.
 
-They are forked from a server that has imported torch already, which saves seconds for each.
+They are forked from a server that has imported torch, which saves seconds for each.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ context.set_forkserver_preload(
 )
 
 ITERS = 12  # steps of a run
-# A model that takes a moment, on English text.
+# A model whose steps take a moment, on English text.
 SHORT = [
     "model_config.preset=tiny",
     'model_config.overrides={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}',
@@ -35,7 +35,7 @@ SHORT = [
 
 
 def work(rank: int, world_size: int, port: int, arguments: list[str], output, kill_at: int):
-    """Runs one rank. kill_at: SIGKILL at so many-th change of the files in the output_dir."""
+    """Runs one rank. kill_at: the number of the change to a checkpoint's files that kills it."""
     os.chdir(ROOT)
     os.environ |= {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
@@ -65,7 +65,7 @@ def work(rank: int, world_size: int, port: int, arguments: list[str], output, ki
 
 
 class Run:
-    """The processes of one run, started, and what they have said."""
+    """The processes of a run, and their output in `said`."""
 
     def __init__(self, processes: int, arguments: list, kill_at: int = 0) -> None:
         with socket.socket() as probe:
@@ -83,13 +83,13 @@ class Run:
         output.close()
 
     def read(self) -> str:
-        """Waits for more of what the processes say; "" if they have ended."""
+        """Waits for more output; returns it, or "" if the processes have ended."""
         more = os.read(self.output.fileno(), 1 << 16).decode()
         self.said += more
         return more
 
     def wait_for(self, text: str) -> "Run":
-        """Waits until a line that begins with `text` was said."""
+        """Waits for a line that begins with `text`."""
         while f"\n{text}" not in self.said:
             assert self.read(), self.said
         return self
