@@ -87,9 +87,10 @@ def _mlp_half(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Recomputed:
-    """A function of which backward needs the output again, and which autograd saves nothing of.
+    """Runs a function for which autograd saves no tensors.
 
-    Backward runs it once more, and hands out the tensors that it saves then, in the same order.
+    Backward runs it once more. It then gets the tensors from that run, in the order of the first,
+    and the output, which the MLP half needs.
     """
 
     def __init__(self, norm: Callable, function: Callable, x: Tensor) -> None:
