@@ -3,11 +3,11 @@
     python -m data prepare INPUT... --tokenizer T --output DIR    # tokenizes a corpus
     python -m data verify DIR                                     # compares it with its checksums
 
-The stream is endless: every epoch deals out all documents of a corpus (corpus.py) once, in an order
-of its own, one after the other. It is cut into rows of `seqlen` tokens, so that long documents are
-cut and short ones packed. The rows that begin in an epoch are shuffled, so that a batch does not
-hold neighbours. Each row is taken once: no token is dropped or repeated, and any rank can build any
-row without having built another. Step n takes the rows from n x batch_size on.
+The stream is endless. Each epoch holds every document of a corpus (corpus.py) once, in a new random
+order. The stream is cut into rows of `seqlen` tokens: long documents are cut, and short documents
+are packed. An epoch's rows are shuffled, so a batch seldom holds neighbours. Each row is used once:
+no token of an epoch is dropped or repeated. Any rank can build any row without building others.
+Step n uses the rows n x batch_size to (n + 1) x batch_size - 1.
 """
 
 import functools
@@ -18,16 +18,16 @@ import numpy as np
 from .corpus import Corpus, open_corpus
 
 IGNORED_LABEL = -100
-WINDOW_ROWS = 2**20  # rows are shuffled within windows of so many, however long the epoch
+WINDOW_ROWS = 2**20  # rows that are shuffled together; a long epoch has several windows
 
 
 @dataclass
 class Rows:
     """Some rows of a global batch.
 
-    tokens, labels: [rows, seqlen], int64. A label is the token that follows in the same document,
-    `IGNORED_LABEL` where none does.
-    document_lengths: tokens of each piece of a document, row by row; each row's sum is seqlen.
+    tokens, labels: [rows, seqlen], int64. A label is the next token of the same document, or
+    `IGNORED_LABEL` at the document's end.
+    document_lengths: tokens of each document in a row, row by row; they sum to seqlen in each row.
     """
 
     tokens: np.ndarray
@@ -37,9 +37,9 @@ class Rows:
 
 @dataclass(eq=False)
 class TokenSource:
-    """Rows of some of a corpus's documents.
+    """Builds rows from all or some documents of a corpus.
 
-    starts, lengths: [documents], int64: where in the corpus each begins, and its tokens.
+    starts, lengths: [documents], int64: each document's first token in the corpus, and its length.
     description: one line for the log.
     """
 
@@ -50,16 +50,15 @@ class TokenSource:
     description: str
 
     def __post_init__(self) -> None:
-        self.num_tokens = int(self.lengths.sum())  # of an epoch
-        # Pure functions, asked for the same again and again. A batch seldom touches more than two
-        # epochs; for 10 million documents each takes 0.5 s and 160 MB.
+        self.num_tokens = int(self.lengths.sum())  # per epoch
+        # An order is large, and many rows use it. A batch seldom needs more than two epochs.
         self.epoch_order = functools.lru_cache(maxsize=2)(self._epoch_order)
         self.window_order = functools.lru_cache(maxsize=2)(self._window_order)
 
     def rows(self, first_row: int, num_rows: int, seqlen: int) -> Rows:
         """Returns the rows first_row to first_row + num_rows - 1 of the run.
 
-        Raises ValueError for a token id beyond the corpus's vocabulary, a damaged file.
+        Raises ValueError if a token id is outside the corpus's vocabulary.
         """
         tokens = np.empty((num_rows, seqlen), dtype=np.int64)
         labels = np.full((num_rows, seqlen), IGNORED_LABEL, dtype=np.int64)
@@ -80,15 +79,15 @@ class TokenSource:
                 filled += length
         if max(tokens.max(), labels.max()) >= self.corpus.vocab_size:
             raise ValueError(
-                f"{self.description}: it holds the token {max(tokens.max(), labels.max())}, and "
-                f"its vocabulary ends at {self.corpus.vocab_size - 1}; the files are damaged"
+                f"{self.description}: token id {max(tokens.max(), labels.max())} is larger than "
+                f"{self.corpus.vocab_size - 1}, so the files are damaged; create them again"
             )
         return Rows(tokens, labels, document_lengths)
 
     def _row_position(self, row: int, seqlen: int) -> int:
-        """Returns where in the endless stream a row of the run begins."""
+        """Returns the position of a row's first token in the endless stream."""
         epoch = row * seqlen // self.num_tokens
-        # The rows that begin in the epoch, one more or less of them from epoch to epoch.
+        # The rows first to end - 1 begin in this epoch. The last one may end in the next epoch.
         first = -(-epoch * self.num_tokens // seqlen)
         end = -(-(epoch + 1) * self.num_tokens // seqlen)
         window, index = divmod(row - first, WINDOW_ROWS)
@@ -97,22 +96,21 @@ class TokenSource:
         return (first + int(order[index])) * seqlen
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the epoch's order of documents, and where each ends in the epoch's stream."""
+        """Returns the epoch's order of documents, and the position in the epoch where each ends."""
         order = permutation([self.seed, 0, epoch], len(self.lengths))
         ends = self.lengths.take(order)
-        return order, np.cumsum(ends, out=ends)  # in place: fresh memory costs as much as the sum
+        return order, np.cumsum(ends, out=ends)  # in place: allocation is as slow as the sum
 
     def _window_order(self, epoch: int, window: int, window_size: int) -> np.ndarray:
-        """Returns the order in which the rows of a window are taken."""
+        """Returns the order in which the rows of a window are used."""
         return permutation([self.seed, 1, epoch, window], window_size)
 
 
 def permutation(seed: list[int], size: int) -> np.ndarray:
     """Returns the numbers 0 to size - 1 in a random order, [size], int64.
 
-    Random numbers with 0, 1, 2... in their low bits are sorted: of 10 million in half the time of
-    `Generator.permutation`, and numpy promises the numbers of PCG64 for all its versions, but not
-    that order.
+    It sorts random numbers whose low bits are 0, 1, 2... The numbers of PCG64 are
+    the same in every version of numpy. `Generator.permutation` is not, and it is slower.
     """
     bits = size.bit_length()
     keys = np.random.PCG64(seed).random_raw(size)
@@ -126,7 +124,7 @@ def permutation(seed: list[int], size: int) -> np.ndarray:
 
 @dataclass(eq=False)
 class RandomSource:
-    """Uniformly random tokens and, independent of them, labels: nothing to learn, for timing."""
+    """Uniformly random tokens and labels, independent of each other, to measure speed."""
 
     vocab_size: int
     seed: int
@@ -167,55 +165,56 @@ def open_source(
     batch_size: int,
     seed: int,
 ) -> Source:
-    """Opens one split of what `data_config` names; asked for the same again, it returns the same.
+    """Opens one split of the corpus in `data_config`. Equal arguments give equal rows.
 
-    split: "train" or "validation". vocab_size: the model's. num_batches: how many batches the split
-    has to hold without repeating a token. The other arguments are the keys of `data_config`.
+    split: "train" or "validation". vocab_size: the model's. num_batches: batches that the split
+    must fill without repeating a token. The other arguments are the keys of `data_config`.
 
-    The validation split's rows do not depend on the seed: runs can be compared.
+    Every seed gives the same validation rows, so that runs can be compared.
 
-    Raises ValueError for what cannot be read, token ids beyond vocab_size, and too little text.
+    Raises ValueError if the corpus is unreadable or too small, or does not fit vocab_size.
     """
     key, name = "data_config.source", source
     if split == "validation" and validation_source:
         key, name = "data_config.validation_source", validation_source
     if name == "random":
         if validation_fraction or key != "data_config.source":
-            raise ValueError(f"{key}='random' has no documents that could be held out; name a text")
+            raise ValueError(f"{key}='random' has no documents for evaluation; give another corpus")
         return RandomSource(vocab_size, seed, random_document_length)
     corpus = open_corpus(key, name, skip_undecodable, end_of_text_id)
     if corpus.vocab_size > vocab_size:
         raise ValueError(
-            f"{key}={name!r} has token ids up to {corpus.vocab_size - 1}, and the model's "
-            f"vocab_size is {vocab_size}; it must be at least {corpus.vocab_size} "
-            f"(model_config.overrides.vocab_size), or the tokenizer another"
+            f"{key}={name!r} has token ids up to {corpus.vocab_size - 1}, but the model's "
+            f"vocab_size is {vocab_size}; set model_config.overrides.vocab_size to at least "
+            f"{corpus.vocab_size}, or use another tokenizer"
         )
     if key == "data_config.validation_source" and source != "random":
         trained_on = open_corpus("data_config.source", source, skip_undecodable, end_of_text_id)
         if len({corpus.tokenizer, trained_on.tokenizer} - {""}) > 1:
             raise ValueError(
-                f"{key}={name!r} and data_config.source={source!r} have different tokenizers"
+                f"{key}={name!r} and data_config.source={source!r} have different tokenizers; "
+                f"prepare both with the same one"
             )
 
     starts, lengths = corpus.starts[:-1], np.diff(corpus.starts)
     if validation_fraction:
-        # Every so many documents one, whatever the seed: floor(documents x fraction) in all.
+        # floor(documents x fraction) documents, evenly spaced, are held out for every seed.
         held_out = np.diff(np.floor(np.arange(len(starts) + 1) * validation_fraction)) > 0
         if not 0 < held_out.sum() < len(starts):
             raise ValueError(
-                f"data_config.validation_fraction={validation_fraction} of {len(starts):,} "
-                f"documents holds out {held_out.sum()}, and both splits need one; change it or set "
-                f"validation_source"
+                f"data_config.validation_fraction={validation_fraction} holds out "
+                f"{held_out.sum()} of {len(starts):,} documents, but each split needs one; change "
+                f"the fraction, or set data_config.validation_source instead"
             )
         chosen = held_out if split == "validation" else ~held_out
         starts, lengths = starts[chosen], lengths[chosen]
     num_tokens, needed = int(lengths.sum()), num_batches * batch_size * seqlen
     if num_tokens < needed:
-        what = "eval_iters" if split == "validation" else "one step:"
+        batches = f"eval_iters {num_batches}" if split == "validation" else f"{num_batches} step"
         raise ValueError(
-            f"{key}={name!r} has {num_tokens:,} tokens for {split}, and {what} {num_batches} x "
-            f"batch_size {batch_size} x seqlen {seqlen} = {needed:,} are needed; give more text or "
-            f"lower one of these"
+            f"{key}={name!r} has {num_tokens:,} tokens for {split}, but {batches} x batch_size "
+            f"{batch_size} x seqlen {seqlen} = {needed:,} are needed; give a larger corpus, or "
+            f"lower one of these numbers"
         )
     description = f"{name}, {len(starts):,} documents, {num_tokens:,} tokens{corpus.note}"
     return TokenSource(corpus, starts, lengths, 0 if split == "validation" else seed, description)

@@ -1,7 +1,7 @@
-"""Corpora: many documents, each a run of tokens, from text, prepared folders and token files.
+"""Corpora: tokenized documents from text, prepared folders and token files.
 
-Text is its UTF-8 bytes, tokens 0 to 255, and 256 ends a document. A folder of
-`python -m data prepare` and token files of nanoGPT and llm.c are memory-mapped.
+The tokens of text are its UTF-8 bytes, 0 to 255; token 256 ends each document. The folders of
+`python -m data prepare` and the token files of nanoGPT and llm.c are memory-mapped.
 """
 
 import functools
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-END_OF_DOCUMENT = 256  # of text as bytes
-CHECKED_BYTES = 2**28  # files up to this size are compared with their checksum at every start
-# llm.c's token files (its dev/data/data_common.py): 256 int32, of which the first is one of these
-# and the third the number of tokens; then the tokens.
+END_OF_DOCUMENT = 256  # the token after the bytes of a text
+CHECKED_BYTES = 2**28  # the checksums of files up to this size are compared at every start
+# A token file of llm.c (dev/data/data_common.py there) begins with 256 int32. The first is a key of
+# LLM_C_DTYPES, and the third is the number of tokens.
 LLM_C_HEADER_BYTES = 1024
 LLM_C_DTYPES = {20240520: "uint16", 20240801: "uint32"}
 
@@ -27,11 +27,11 @@ LLM_C_DTYPES = {20240520: "uint16", 20240801: "uint32"}
 class Corpus:
     """Tokenized documents, in memory or memory-mapped.
 
-    files: arrays of unsigned integers, which together are one long array of tokens.
-    starts: [documents + 1], int64: document d is starts[d] to starts[d + 1] of it, in one file.
-    vocab_size: no token id is this or larger.
-    tokenizer: the same for corpora with the same token ids, empty where that is not known.
-    note: what the log should say of it, beside its size.
+    files: arrays of unsigned integers: the tokens, in order. Each document is in one array.
+    starts: [documents + 1], int64: document d is the tokens starts[d] to starts[d + 1] - 1.
+    vocab_size: token ids are smaller than this.
+    tokenizer: the SHA-256 of the tokenizer's vocabulary; `bytes` for text; empty if unknown.
+    note: a remark at the end of the corpus's line in the log.
     """
 
     files: list[np.ndarray]
@@ -44,7 +44,7 @@ class Corpus:
         self.file_starts = np.cumsum([0, *(len(file) for file in self.files)])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Returns the tokens from `start` on, of one document."""
+        """Returns the tokens start to start + length - 1, which are of one document."""
         file = np.searchsorted(self.file_starts, start, side="right") - 1
         start -= self.file_starts[file]
         return self.files[file][start : start + length]
@@ -52,11 +52,11 @@ class Corpus:
 
 @functools.lru_cache(maxsize=2)
 def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int) -> Corpus:
-    """Opens what a key of the config, for messages, names; see `data_config` for the arguments."""
+    """Opens a corpus. key: the config key of `name`. The others are also keys of `data_config`."""
     folder = os.path.expanduser(name)
     if os.path.isdir(folder) and {"meta.json", "tokens.bin"} & set(os.listdir(folder)):
         return read_prepared(folder, CHECKED_BYTES)
-    skip_undecodable |= name == "python-stdlib"  # whose own tests hold broken files
+    skip_undecodable |= name == "python-stdlib"  # some files of Python's tests are not UTF-8
     paths = find_files(key, name)
     if all(path.endswith(".bin") for path in paths):
         return _read_token_files(paths, end_of_text_id)
@@ -69,8 +69,8 @@ def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int
             documents.append(document)
     if not any(documents):
         raise ValueError(
-            f"{key}={name!r} holds no text: {len(documents)} of its {len(paths)} files are empty, "
-            f"{len(skipped)} are not UTF-8"
+            f"{key}={name!r} has no text ({len(documents)} of its {len(paths)} files are empty, "
+            f"{len(skipped)} are not UTF-8); give other files"
         )
     starts = np.cumsum([0, *(len(document) + 1 for document in documents)])
     tokens = np.empty(starts[-1], dtype=np.uint16)
@@ -85,27 +85,27 @@ def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int
 
 
 def read_text(path: str, skip_undecodable: bool) -> bytes | None:
-    """Returns the file's UTF-8 bytes, None for a file that is not UTF-8 and to be skipped."""
+    """Returns the file's UTF-8 bytes, or None if it is not UTF-8 and skip_undecodable is set."""
     try:
         with open(path, "rb") as file:
             text = file.read()
         text.decode("utf-8")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable") from None
     except UnicodeDecodeError as error:
         if skip_undecodable:
             return None
         raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start}); convert or remove it, or leave such files "
-            f"out with data_config.skip_undecodable=true (of `prepare`: --skip-undecodable)"
+            f"{path} is not UTF-8 (byte {error.start}); convert or remove it, or skip such files "
+            f"with data_config.skip_undecodable=true (in `prepare`, with --skip-undecodable)"
         ) from None
     return text
 
 
 def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
-    """Maps files of nanoGPT (uint16, no header) or llm.c, and finds the documents in them.
+    """Memory-maps token files of nanoGPT (uint16, no header) or llm.c.
 
-    A document ends with end_of_text_id or with its file. Each file is read once, to find them.
+    It reads each file once to find the documents. They end with end_of_text_id or with their file.
     """
     files, starts, largest, base = [], [np.zeros(1, dtype=np.int64)], 0, 0
     for path in paths:
@@ -116,10 +116,10 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
         offset = LLM_C_HEADER_BYTES if is_llm_c else 0
         num_tokens, rest = divmod(size - offset, dtype.itemsize)
         if num_tokens == 0 or rest or (is_llm_c and num_tokens != header[2]):
-            number = (
-                f"the {header[2]:,} tokens that it tells of" if is_llm_c else "one token or more"
+            content = f"the {header[2]:,} tokens of its header" if is_llm_c else "whole tokens"
+            raise ValueError(
+                f"{path} has {size:,} bytes, but must hold {content} as {dtype}; create it again"
             )
-            raise ValueError(f"{path} has {size:,} bytes; {number} in {dtype} take another number")
         tokens = np.asarray(np.memmap(path, dtype, mode="r", offset=offset))
         for first in range(0, num_tokens, 2**24):
             block = tokens[first : first + 2**24]
@@ -133,12 +133,12 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
 
 
 def read_prepared(folder: str, checked_bytes: float) -> Corpus:
-    """Maps a folder that `python -m data prepare` wrote.
+    """Memory-maps a folder that `python -m data prepare` wrote.
 
-    checked_bytes: the size of files above which the checksum is not compared.
-    Raises ValueError where the files do not fit `meta.json`.
+    checked_bytes: the checksums of larger files are not compared.
+    Raises ValueError if the files do not match `meta.json`.
     """
-    again = f"the folder is damaged or not whole; remove {folder} and prepare it again"
+    again = "the folder is damaged or incomplete, so remove it and prepare it again"
     try:
         with open(os.path.join(folder, "meta.json")) as file:
             meta = json.load(file)
@@ -147,12 +147,12 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
         counts["offsets.bin"] = int(meta["num_documents"]) + 1
         checksums = {name: meta["sha256"][name] for name in counts}
     except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): {again}") from None
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}); {again}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/meta.json makes no sense ({error!r}): {again}") from None
+        raise ValueError(f"{folder}/meta.json is invalid ({error!r}); {again}") from None
     if (wanted := token_dtype(vocab_size)) != dtype:
         raise ValueError(
-            f"{folder}/meta.json: {vocab_size} ids are stored as {wanted}, not as {dtype}: {again}"
+            f"{folder}/meta.json has dtype {dtype}, but {vocab_size:,} ids need {wanted}; {again}"
         )
     arrays = {}
     for name, item in (("tokens.bin", dtype), ("offsets.bin", np.dtype(np.int64))):
@@ -160,15 +160,15 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size != counts[name] * item.itemsize:
             raise ValueError(
-                f"{path} has {size:,} bytes, not {counts[name]:,} x {item.itemsize}, as meta.json "
-                f"says: {again}"
+                f"{path} has {size:,} bytes, but meta.json gives {counts[name]:,} x "
+                f"{item.itemsize}; {again}"
             )
         if size <= checked_bytes and sha256(path) != checksums[name]:
-            raise ValueError(f"{path} does not have the checksum that meta.json says: {again}")
-        arrays[name] = np.asarray(np.memmap(path, item, mode="r"))  # plain slices are faster
+            raise ValueError(f"{path} does not match its checksum in meta.json; {again}")
+        arrays[name] = np.asarray(np.memmap(path, item, mode="r"))  # memmap slices are slow
     tokens, starts = arrays["tokens.bin"], arrays["offsets.bin"]
     if starts[0] != 0 or starts[-1] != len(tokens) or (starts[1:] < starts[:-1]).any():
-        raise ValueError(f"{folder}/offsets.bin does not cover tokens.bin: {again}")
+        raise ValueError(f"{folder}/offsets.bin does not rise from 0 to {len(tokens)}; {again}")
     return Corpus([tokens], starts, vocab_size, meta.get("tokenizer_sha256", ""))
 
 
@@ -187,8 +187,8 @@ def sha256(path: str) -> str:
 
 
 def find_files(key: str, name: str) -> list[str]:
-    """Returns the files that a path, folder (all files below it), glob or `python-stdlib` stands
-    for, in a fixed order. key: what the name was given as. Raises ValueError if there is none.
+    """Returns the files of a path, folder (all files below it), glob or `python-stdlib`, in a fixed
+    order. key: the config key of `name`. Raises ValueError if there are none.
     """
     if name == "python-stdlib":
         stdlib = _files_below(sysconfig.get_path("stdlib"), ("site-packages", "dist-packages"))
@@ -208,9 +208,9 @@ def find_files(key: str, name: str) -> list[str]:
     return paths
 
 
-def _files_below(root: str, left_out: tuple[str, ...] = ()) -> list[str]:
+def _files_below(root: str, excluded: tuple[str, ...] = ()) -> list[str]:
     paths = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in left_out]
+        subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in excluded]
         paths += [os.path.join(folder, name) for name in names]
     return sorted(paths)

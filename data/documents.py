@@ -1,6 +1,6 @@
-"""The documents of text, JSON and parquet files, part by part, for prepare.py.
+"""Reads the documents of text, JSON and parquet files, one part of a file at a time.
 
-Whatever is wrong with a document is a ValueError that says where it stands.
+A bad document raises ValueError with its file and its line, element or row.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ from typing import Any
 
 from .corpus import read_text
 
-PIECE_BYTES = 2**22  # of text: what a process works on at a time
-BATCH_ROWS = 64  # of parquet, read at a time
+PIECE_BYTES = 2**22  # size of a piece, the text that a process gets at a time
+BATCH_ROWS = 64  # parquet rows that are read at a time
 
 
 def cut(files: list[str], field: str) -> Iterator[list[tuple[str, int, int]]]:
-    """Yields pieces of about PIECE_BYTES, as (file, begin, end): parts of large files, several
-    small ones. They count bytes, in parquet row groups.
+    """Yields pieces of about PIECE_BYTES, each a list of (file, begin, end): a part of a large
+    file, or several small files. begin and end count bytes, or row groups in parquet.
     """
     piece, piece_bytes = [], 0
     for path in files:
@@ -41,14 +41,14 @@ def cut(files: list[str], field: str) -> Iterator[list[tuple[str, int, int]]]:
 
 
 def _row_groups(path: str, field: str) -> list[tuple[int, int, int]]:
-    """Returns (first, end, bytes) of each row group, which is read as a whole."""
+    """Returns (index, index + 1, bytes) of each row group."""
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names, metadata = file.schema_arrow.names, file.metadata
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
+        raise ValueError(f"{path} is not a readable parquet file ({error}); replace it") from None
     check_columns(names, path, field)
     groups = range(metadata.num_row_groups)
     return [(i, i + 1, metadata.row_group(i).total_byte_size) for i in groups]
@@ -57,13 +57,13 @@ def _row_groups(path: str, field: str) -> list[tuple[int, int, int]]:
 def read_texts(
     path: str, begin: int, end: int, field: str, skip_undecodable: bool
 ) -> Iterator[str]:
-    """Yields the texts of a part of a file. Raises ValueError with the file and the line or row."""
+    """Yields the texts of a part of a file. Raises ValueError with the place of a bad document."""
     if path.endswith(".parquet"):
         yield from _read_parquet(path, begin, end, field)
     elif path.endswith(".jsonl"):
         yield from _read_lines(path, begin, end, field)
     elif (text := read_text(path, skip_undecodable)) is None:
-        print(f"left out, not UTF-8: {path}", file=sys.stderr)
+        print(f"warning: {path} is not UTF-8 and skipped", file=sys.stderr)
     elif not path.endswith(".json"):
         yield text.decode()
     elif not text.lstrip().startswith(b"["):
@@ -78,10 +78,10 @@ def read_texts(
 
 
 def _read_lines(path: str, begin: int, end: int, field: str) -> Iterator[str]:
-    """Yields the texts of the lines of JSON that begin at the bytes from begin to end - 1."""
+    """Yields the texts of the JSON lines that begin at one of the bytes begin to end - 1."""
 
     def where() -> str:
-        file.seek(0)  # only now is it worth counting which line this is
+        file.seek(0)  # lines are counted only for an error
         number = 1
         while file.tell() < position:
             file.readline()
@@ -100,7 +100,7 @@ def _read_lines(path: str, begin: int, end: int, field: str) -> Iterator[str]:
 
 
 def _read_parquet(path: str, begin: int, end: int, field: str) -> Iterator[str]:
-    """Yields the texts of the row groups from begin to end - 1."""
+    """Yields the texts of the row groups begin to end - 1."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -115,32 +115,33 @@ def _read_parquet(path: str, begin: int, end: int, field: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def located(where: Callable[[], str]) -> Iterator[None]:
-    """Puts the place in front of a ValueError from inside."""
+    """Adds the place to the message of a ValueError that the `with` block raises."""
     try:
         yield
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column" if error.lineno > 1 else "column"
-        raise ValueError(f"{where()}: invalid JSON, {error.msg} at {place} {error.colno}") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        reason = f"invalid JSON ({error.msg} at {line}column {error.colno}); correct it"
+        raise ValueError(f"{where()}: {reason}") from None
     except UnicodeError as error:
-        raise ValueError(f"{where()}: not UTF-8, {error.reason}") from None
+        raise ValueError(f"{where()}: not UTF-8 ({error.reason}); correct it") from None
     except ValueError as error:
         raise ValueError(f"{where()}: {error}") from None
 
 
 def text_of(document: Any, field: str) -> str:
-    """Returns the document's text; raises ValueError, without saying where, if it has none."""
+    """Returns the document's text. Raises ValueError, without the place, if it has none."""
     if not isinstance(document, dict):
-        raise ValueError(f"a {type(document).__name__}, and not an object with a field {field!r}")
+        raise ValueError(f"it is a {type(document).__name__}, not an object with a field {field!r}")
     if field not in document:
         fields = ", ".join(document) or "none"
-        raise ValueError(f"no field {field!r}; its fields are {fields} (--field)")
+        raise ValueError(f"it has no field {field!r}; choose --field from its fields: {fields}")
     text = document[field]
     if not isinstance(text, str):
-        raise ValueError(f"field {field!r} is of type {type(text).__name__}, and must be text")
-    text.encode()  # JSON can spell half of a surrogate pair
+        raise ValueError(f"field {field!r} is of type {type(text).__name__}; it must be a string")
+    text.encode()  # raises UnicodeError for half a surrogate pair, which JSON allows
     return text
 
 
 def check_columns(columns: list[str], name: str, field: str) -> None:
     if field not in columns:
-        raise ValueError(f"{name}: no column {field!r}; its columns are {', '.join(columns)}")
+        raise ValueError(f"no column {field!r} in {name}; choose --field from {', '.join(columns)}")

@@ -1,19 +1,17 @@
-"""Tokenizes a corpus into a folder that training reads with numpy alone.
+"""Tokenizes a corpus into a folder that training reads with only numpy.
 
     python -m data prepare 'books/*.txt' more.jsonl --tokenizer T --output DIR
 
-An INPUT is a text file (one document), a .jsonl or .json file (a document a line, or a list of
-them), a .parquet file (a document a row), a folder or a glob of such files, `python-stdlib`, or a
-data set of the Hugging Face hub, OWNER/NAME or OWNER/NAME:CONFIG, whose split `train` is taken.
-Files come first, in the order given.
+An INPUT is a text file (one document), a .jsonl or .json file (a document per line, or a list of
+documents), a .parquet file (a document per row), a folder or a glob of such files, `python-stdlib`,
+or the split `train` of a Hugging Face dataset, OWNER/NAME or OWNER/NAME:CONFIG. Files come before
+datasets, in the given order.
 
-T is `bytes`, a tokenizer.json, or what transformers.AutoTokenizer takes: a folder or a hub name.
-Every document is followed by the end-of-text token; no other special token is added, and one that
-is spelled out in a text is text.
+T is `bytes`, a tokenizer.json, or a folder or hub name for transformers.AutoTokenizer. Each
+document ends with the end-of-text token. Special tokens inside a text are encoded as text.
 
-DIR then holds tokens.bin, offsets.bin, meta.json and, except for `bytes`, the tokenizer. It is
-written as DIR.partial and renamed when it is complete. The next run removes an interrupted one's
-DIR.partial.
+DIR then holds tokens.bin, offsets.bin, meta.json and, except for `bytes`, the tokenizer. Its name
+is DIR.partial until it is complete. The next run removes an interrupted run's DIR.partial.
 """
 
 import argparse
@@ -35,19 +33,19 @@ import numpy as np
 from .corpus import END_OF_DOCUMENT, find_files, read_prepared, sha256, token_dtype
 from .documents import check_columns, cut, located, read_texts, text_of
 
-ENCODED_DOCUMENTS = 64  # that a tokenizer gets at a time
+ENCODED_DOCUMENTS = 64  # documents per call of the tokenizer
 
 
 class Encoder:
-    """A tokenizer, and how a document becomes tokens: its text's, then the end of text.
+    """A tokenizer that ends each document with the end-of-text token.
 
-    vocab_size: no token id is this or larger. sha256: of the vocabulary, which tells tokenizers
-    apart; `bytes` for bytes.
+    vocab_size: token ids are smaller than this. sha256: of the vocabulary, to compare tokenizers;
+    `bytes` for bytes.
     """
 
     def __init__(self, name: str, end_of_text: str | None) -> None:
-        """name: `bytes`, a tokenizer.json, or what AutoTokenizer takes. end_of_text: the token that
-        ends a document; None: the tokenizer's own. Raises ValueError if there is none such.
+        """name: --tokenizer. end_of_text: --end-of-text; None for the tokenizer's own. Raises
+        ValueError if the tokenizer cannot be loaded or has no such token.
         """
         self.name, self.tokenizer = name, None
         if name == "bytes":
@@ -61,7 +59,7 @@ class Encoder:
                 self.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=name)
             else:
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # of any kind: the file is missing, broken, not a tokenizer
+        except Exception as error:  # of many types: the file is missing, damaged or not a tokenizer
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
         vocabulary = self.tokenizer.get_vocab()
@@ -71,23 +69,23 @@ class Encoder:
             which = f" {end_of_text!r}" if end_of_text else ""
             special = ", ".join(map(str, self.tokenizer.added_tokens_encoder)) or "none"
             raise ValueError(
-                f"--tokenizer {name} has no end-of-text token{which}; name one of "
+                f"--tokenizer {name} has no end-of-text token{which}; choose one of "
                 f"its tokens with --end-of-text (its special tokens: {special})"
             )
-        self.tokenizer.eos_token = end_of_text  # and so it is in the copy that `save` writes
+        self.tokenizer.eos_token = end_of_text  # the saved tokenizer must have it too
         self.end_of_text_id = vocabulary[end_of_text]
         self.vocab_size = max(vocabulary.values()) + 1
         self.sha256 = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> dict[str, list]:
-        """Returns `tokens`, an array per text, and `num_bytes`, of each text as UTF-8."""
+        """Returns `tokens`, an array per text, and `num_bytes`, each text's size in UTF-8."""
         if self.tokenizer is None:
             ids = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         else:
             ids = self.tokenizer(
                 texts,
                 add_special_tokens=False,
-                split_special_tokens=True,  # not to be smuggled in by a text
+                split_special_tokens=True,  # special tokens inside a text are text
                 return_attention_mask=False,
                 verbose=False,
             )["input_ids"]
@@ -95,8 +93,8 @@ class Encoder:
         largest = max(document.max() for document in tokens)
         if largest >= self.vocab_size:
             raise ValueError(
-                f"--tokenizer {self.name} made the token {largest}, beyond its own vocabulary of "
-                f"{self.vocab_size}"
+                f"--tokenizer {self.name} returned token id {largest}, but its vocabulary has "
+                f"ids 0 to {self.vocab_size - 1}; use another tokenizer"
             )
         dtype = token_dtype(self.vocab_size)
         return {
@@ -116,31 +114,31 @@ def prepare(
 ) -> None:
     """Tokenizes `inputs` into the folder `output`; the arguments are those of the command line.
 
-    Raises ValueError for what cannot be used; then, as after any error, there is no `output`.
+    Raises ValueError if an argument or a document cannot be used. A failed run leaves no files.
     """
     output = os.path.abspath(output)
     if processes < 1:
         raise ValueError(f"--processes {processes} must be at least 1")
     if os.path.exists(output):
-        raise ValueError(f"--output {output} is there already; remove it or name another")
+        raise ValueError(f"--output {output} already exists; remove it or give another")
     try:
         import datasets  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{error}: to prepare data, `pip install datasets transformers`") from None
-    # The workers are processes already, and a tokenizer with threads of its own warns of forks.
+        raise ValueError(f"{error}; to prepare, `pip install datasets transformers`") from None
+    # A tokenizer that has used threads warns when the workers are forked.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder = Encoder(tokenizer, end_of_text)
     files, hub_names = _find_inputs(inputs)
-    skip_undecodable |= "python-stdlib" in inputs  # whose own tests hold broken files
+    skip_undecodable |= "python-stdlib" in inputs  # some files of Python's tests are not UTF-8
 
     partial = f"{output}.partial"
     os.makedirs(partial, exist_ok=True)
     lock = open(os.path.join(partial, "lock"), "w")
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
     except OSError:
-        raise ValueError(f"{partial} is being written by another process") from None
+        raise ValueError(f"another process writes {partial}; give another --output") from None
     try:
         for entry in os.scandir(partial):
             if entry.is_dir():
@@ -158,7 +156,7 @@ def prepare(
         ]
         num_documents, num_tokens, num_bytes = _write_tokens(partial, parts)
         if num_bytes == 0:
-            raise ValueError(f"{', '.join(inputs)}: no text in {num_documents} documents")
+            raise ValueError(f"the INPUTs {', '.join(inputs)} have no text; give other files")
         shutil.rmtree(cache)
         meta = {
             "tokenizer": tokenizer,
@@ -176,7 +174,7 @@ def prepare(
         if encoder.tokenizer is not None:
             encoder.tokenizer.save_pretrained(os.path.join(partial, "tokenizer"))
         for folder, _, names in os.walk(partial):
-            for name in {*names, "."} - {"lock"}:  # to close it once would end it
+            for name in {*names, "."} - {"lock"}:  # closing it would release the lock
                 _fsync(os.path.join(folder, name))
         os.remove(lock.name)
         os.rename(partial, output)
@@ -194,7 +192,7 @@ def prepare(
 
 
 def _find_inputs(inputs: list[str]) -> tuple[list[str], list[str]]:
-    """Returns the files, and the names that can only be the hub's."""
+    """Returns the files, and the names of Hugging Face datasets."""
     files, hub_names = [], []
     for name in inputs:
         try:
@@ -205,13 +203,13 @@ def _find_inputs(inputs: list[str]) -> tuple[list[str], list[str]]:
             hub_names.append(name)
             continue
         if not any(os.path.getsize(path) for path in found):
-            raise ValueError(f"INPUT={name!r} is empty: {len(found)} files of 0 bytes")
+            raise ValueError(f"INPUT={name!r} has only empty files ({len(found)}); give others")
         files += found
     return files, hub_names
 
 
 def _open_files(files: list[str], field: str, skip_undecodable: bool) -> tuple[Any, Callable]:
-    """Returns a data set of pieces of the files, and a function that yields a batch's texts."""
+    """Returns a dataset of the files' pieces, and a function that yields the texts of a batch."""
     import datasets
 
     def read(batch: dict[str, list[str]]) -> Iterator[str]:
@@ -224,15 +222,15 @@ def _open_files(files: list[str], field: str, skip_undecodable: bool) -> tuple[A
 
 
 def _open_hub(name: str, field: str) -> tuple[Any, Callable]:
-    """The same for a data set of the hub; `datasets` downloads it into its own cache."""
+    """Returns the same for a Hugging Face dataset. `datasets` downloads it into its cache."""
     import datasets
 
     repository, _, config = name.partition(":")
     try:
         dataset = datasets.load_dataset(repository, config or None, split="train")
-    except Exception as error:  # of many kinds: no network, no such name, no such config
+    except Exception as error:  # of many types: no network, no such name, no such config
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"INPUT={name!r} names no file, nor a data set: {reason}") from None
+        raise ValueError(f"INPUT={name!r} is neither a file nor a dataset: {reason}") from None
     check_columns(dataset.column_names, name, field)
 
     def read(batch: dict[str, list]) -> Iterator[str]:
@@ -245,9 +243,9 @@ def _open_hub(name: str, field: str) -> tuple[Any, Callable]:
 
 
 def _tokenize(dataset: Any, read: Callable, encoder: Encoder, path: str, processes: int) -> Any:
-    """Returns a data set with the columns of `Encoder.encode`, a row per document, stored at path.
+    """Returns a dataset, stored at path: a row per document, with the columns of `Encoder.encode`.
 
-    read: yields the texts of a batch of the data set.
+    read: yields the texts of a batch of `dataset`.
     """
     import datasets
 
@@ -255,10 +253,10 @@ def _tokenize(dataset: Any, read: Callable, encoder: Encoder, path: str, process
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded, texts = {"tokens": [], "num_bytes": []}, read(batch)
-        while some := list(itertools.islice(texts, ENCODED_DOCUMENTS)):
+        while chunk := list(itertools.islice(texts, ENCODED_DOCUMENTS)):
             if parent not in (os.getpid(), os.getppid()):
-                os._exit(1)  # it was killed, and nobody would take the tokens
-            for column, values in encoder.encode(some).items():
+                os._exit(1)  # the parent was killed
+            for column, values in encoder.encode(chunk).items():
                 encoded[column] += values
         return encoded
 
@@ -274,14 +272,14 @@ def _tokenize(dataset: Any, read: Callable, encoder: Encoder, path: str, process
         ),
         cache_file_name=path,
         load_from_cache_file=False,
-        new_fingerprint=os.path.basename(path),  # otherwise a hash of the whole tokenizer
+        new_fingerprint=os.path.basename(path),  # the default hashes the whole tokenizer
         num_proc=processes if processes > 1 else None,
         desc="Tokenizing",
     )
 
 
 def _write_tokens(folder: str, parts: list[Any]) -> tuple[int, int, int]:
-    """Writes tokens.bin and offsets.bin. Returns the documents, tokens and bytes of text."""
+    """Writes tokens.bin and offsets.bin. Returns the number of documents, tokens and text bytes."""
     num_documents = num_tokens = num_bytes = 0
     with (
         open(os.path.join(folder, "tokens.bin"), "wb") as tokens,
@@ -317,28 +315,28 @@ def main(arguments: list[str]) -> None:
     command.add_argument("inputs", nargs="+", metavar="INPUT")
     command.add_argument("--tokenizer", required=True, metavar="T")
     command.add_argument("--output", required=True, metavar="DIR")
-    command.add_argument("--field", default="text", help="that holds the text (default: text)")
+    command.add_argument("--field", default="text", help="field with the text (default: text)")
     command.add_argument(
-        "--end-of-text", metavar="TOKEN", help="that ends a document (default: T's eos_token)"
+        "--end-of-text", metavar="TOKEN", help="last token of a document (default: T's eos_token)"
     )
     command.add_argument(
-        "--skip-undecodable", action="store_true", help="leave out text files that are not UTF-8"
+        "--skip-undecodable", action="store_true", help="skip text files that are not UTF-8"
     )
     command.add_argument(
-        "--processes", type=int, default=os.cpu_count(), help="default: one for each core"
+        "--processes", type=int, default=os.cpu_count(), help="default: one per core"
     )
     command = commands.add_parser("verify", help="compare a prepared folder with its checksums")
     command.add_argument("folder", metavar="DIR")
     options = vars(parser.parse_args(arguments))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated: nothing was written"))
-    # But a worker that waits for work would not come to raising that, and the pool wait for it.
+    # An idle worker would not run this handler, and the pool would wait for the worker.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         if options.pop("command") == "prepare":
             prepare(**options)
         else:
             read_prepared(options["folder"], checked_bytes=float("inf"))
-            print(f"{options['folder']}: whole, and every checksum fits")
+            print(f"{options['folder']}: complete, and all checksums match")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

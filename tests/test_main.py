@@ -466,7 +466,7 @@ def test_positions_count_within_documents_and_labels_pad_with_ignored(
         ("model_config.preset=llama-2b", "must be one of tiny, llama-1b, llama-3b, llama-8b"),
         ("model_config.overrides.num_key_value_heads=3", "must be a multiple of"),
         ("model_config.overrides.vocab_size=100", "token ids up to 256"),
-        ("data_config.seqlen=1000", "one step: 1 x batch_size 4 x seqlen 1000 = 4,000 are needed"),
+        ("data_config.seqlen=1000", "1 step x batch_size 4 x seqlen 1000 = 4,000 are needed"),
         ("parallel_config.context_parallel_backend=magi_attention", "cannot run: it needs Hopper"),
         ("train_config.output_dir=/dev/null/run", "output_dir='/dev/null/run' cannot be written"),
     ],

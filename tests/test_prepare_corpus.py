@@ -160,20 +160,20 @@ def test_tokens_take_the_smallest_type_that_holds_the_vocabulary(tmp_path, vocab
 
 
 BAD_INPUT = {
-    "empty.txt": (b"", "INPUT='{path}' is empty: 1 files of 0 bytes"),
-    "blank.jsonl": (b"\n\n", "{path}: no text in 0 documents"),
+    "empty.txt": (b"", "INPUT='{path}' has only empty files (1); give others"),
+    "blank.jsonl": (b"\n\n", "the INPUTs {path} have no text"),
     "missing.jsonl": (None, "INPUT='{path}' names no file"),
     "latin.txt": (b"na\xefve", "{path} is not UTF-8 (byte 2)"),
-    "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "{path}, line 2: not UTF-8, invalid"),
-    "surrogate.jsonl": (b'{"text": "\\ud83d"}\n', "{path}, line 1: not UTF-8, surrogates not all"),
-    "invalid.jsonl": (b'\n{"text": "a"}\n{"text": \n', "{path}, line 3: invalid JSON, Expecting v"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "{path}, line 2: not UTF-8 (invalid"),
+    "surrogate.jsonl": (b'{"text": "\\ud83d"}\n', "{path}, line 1: not UTF-8 (surrogates not all"),
+    "invalid.jsonl": (b'\n{"text": "a"}\n{"text": \n', "{path}, line 3: invalid JSON (Expecting v"),
     "field.jsonl": (b'{"text": "a"}\n' * 9 + b'{"body": 1, "id": 2}',
-                    "{path}, line 10: no field 'text'; its fields are body, id (--field)"),
-    "number.jsonl": (b'{"text": 5}\n', "{path}, line 1: field 'text' is of type int, and must be"),
-    "list.jsonl": (b"[1]\n", "{path}, line 1: a list, and not an object with a field 'text'"),
-    "invalid.json": (b'[{"text": "a"},\n 5', "{path}: invalid JSON, Expecting ',' delimiter at li"),
-    "field.json": (b'[{"text": "a"}, {"t": 1}]', "{path}, element 2: no field 'text'; its fields "),
-    "no.parquet": (b"no", "{path} cannot be read as parquet: "),
+                    "{path}, line 10: it has no field 'text'; choose --field from its fields: b"),
+    "number.jsonl": (b'{"text": 5}\n', "{path}, line 1: field 'text' is of type int; it must be"),
+    "list.jsonl": (b"[1]\n", "{path}, line 1: it is a list, not an object with a field 'text'"),
+    "invalid.json": (b'[{"text": "a"},\n 5', "{path}: invalid JSON (Expecting ',' delimiter at li"),
+    "field.json": (b'[{"text": "a"}, {"t": 1}]', "{path}, element 2: it has no field 'text'; "),
+    "no.parquet": (b"no", "{path} is not a readable parquet file ("),
 }  # fmt: skip
 
 
@@ -205,19 +205,19 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, nam
         (dict(tokenizer="text.json"), "--tokenizer text.json cannot be loaded: "),
         (
             dict(tokenizer="{json}"),
-            "has no end-of-text token; name one of its tokens with --end",
+            "has no end-of-text token; choose one of its tokens with --end",
         ),
         (
             dict(tokenizer="{json}", end_of_text="<eos>"),
-            "no end-of-text token '<eos>'; name one of",
+            "no end-of-text token '<eos>'; choose one of",
         ),
         (dict(processes=0), "--processes 0 must be at least 1"),
-        (dict(output="there"), "/there is there already; remove it or name another"),
+        (dict(output="there"), "/there already exists; remove it or give another"),
         (
             dict(inputs=["text.txt", "nowhere/*.txt"]),
             "INPUT='nowhere/*.txt' names no file; it must",
         ),
-        (dict(inputs=["nowhere/set"]), "INPUT='nowhere/set' names no file, nor a data set: "),
+        (dict(inputs=["nowhere/set"]), "INPUT='nowhere/set' is neither a file nor a dataset: "),
     ],
 )
 def test_what_cannot_be_prepared_is_said_before_anything_is_written(
@@ -246,7 +246,7 @@ def test_a_tokenizer_beyond_its_own_vocabulary_is_refused(tmp_path, monkeypatch,
         "get_vocab",
         lambda self: {token: i for token, i in whole(self).items() if i < 50},
     )
-    with pytest.raises(ValueError, match=r"made the token \d+, beyond its own vocabulary of 50"):
+    with pytest.raises(ValueError, match=r"token id \d+, but its vocabulary has ids 0 to 49;"):
         prepare([tmp_path / "text.txt"], tmp_path / "out", tokenizer_json, end_of_text="!")
 
 
@@ -265,11 +265,11 @@ def test_a_data_set_of_the_hub_is_read_with_its_config(tmp_path, monkeypatch):
     assert asked == [("owner/name", "config", "train")]
     file = [*b"a file comes first", END_OF_DOCUMENT]
     assert prepared_documents(tmp_path / "out") == [file, *BYTES]
-    with pytest.raises(ValueError, match="owner/name: no column 'text'; its columns are id, body"):
+    with pytest.raises(ValueError, match="'text' in owner/name; choose --field from id, body"):
         prepare(["owner/name"], tmp_path / "again")
     hole = datasets.Dataset.from_dict({"text": ["a", None]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: hole)
-    with pytest.raises(ValueError, match="owner/name: field 'text' is of type NoneType, and must"):
+    with pytest.raises(ValueError, match="owner/name: field 'text' is of type NoneType; it must"):
         prepare(["owner/name"], tmp_path / "again")
 
 
@@ -289,7 +289,7 @@ def test_files_that_are_not_utf_8_can_be_left_out(tmp_path, capfd):
     (tmp_path / "a" / "text.txt").write_text("text")
     prepare([tmp_path / "a"], tmp_path / "out", skip_undecodable=True)
     assert prepared_documents(tmp_path / "out") == [[*b"text", END_OF_DOCUMENT]]
-    assert f"left out, not UTF-8: {tmp_path / 'a' / 'latin.txt'}" in capfd.readouterr().err
+    assert f"{tmp_path / 'a' / 'latin.txt'} is not UTF-8 and skipped" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -302,7 +302,7 @@ def test_an_interrupted_run_leaves_no_folder_and_the_next_one_starts_clean(tmp_p
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        while b"left out" not in process.stderr.readline():  # a worker's word from its midst
+        while b"skipped" not in process.stderr.readline():  # a worker's word from its midst
             assert process.poll() is None
         process.send_signal(number)
         if number == signal.SIGTERM:
@@ -331,7 +331,7 @@ def test_two_at_the_same_time_do_not_mix(tmp_path):
     command = [sys.executable, "-c", hold, tmp_path / "out.partial" / "lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"1\n"
-        with pytest.raises(ValueError, match="out.partial is being written by another process"):
+        with pytest.raises(ValueError, match="another process writes .*out.partial; give another"):
             prepare([tmp_path / "text.txt"], tmp_path / "out")
         other.communicate(b"\n")
     prepare([tmp_path / "text.txt"], tmp_path / "out")
@@ -357,9 +357,9 @@ def test_the_command_line_says_what_it_did_and_what_is_missing(tmp_path):
     said = f"{tmp_path / 'out'}: 1 documents, 501 tokens, 1.00 bytes per token, "
     assert result.stdout.startswith(said) and result.stdout.endswith(" tokens/s\n")
     assert "Tokenizing" in result.stderr  # the progress bar
-    assert "whole, and every checksum fits" in run(*data, "verify", tmp_path / "out").stdout
+    assert "complete, and all checksums match" in run(*data, "verify", tmp_path / "out").stdout
     with open(tmp_path / "out" / "tokens.bin", "r+b") as file:
         file.write(b"\x01")
     result = run(*data, "verify", tmp_path / "out", check=False)
     assert result.returncode == 1
-    assert "tokens.bin does not have the checksum that meta.json says" in result.stderr
+    assert "tokens.bin does not match its checksum in meta.json" in result.stderr

@@ -140,7 +140,7 @@ def test_a_corpus_of_ones_own_from_the_tokenizer_to_text(tmp_path):
     own += ["train_config.eval_iters=4", f"train_config.output_dir={tmp_path / 'run'}"]
     result = run("python", "main.py", *SHORT, *own, check=False)
     assert result.returncode == 1
-    assert "has token ids up to 511, and the model's vocab_size is 288" in result.stderr
+    assert "has token ids up to 511, but the model's vocab_size is 288" in result.stderr
     assert "parameters:" not in result.stdout, "said before anything is built"
     result = run("python", "main.py", *SHORT, *own, "model_config.overrides.vocab_size=512")
     documents = len(files) + len(list((stdlib / "email").glob("*.py")))
