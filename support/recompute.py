@@ -45,7 +45,25 @@ def apply_compile(model: nn.Module) -> None:
         if isinstance(layer.forward, _RecomputingForward):
             layer.forward.compile(compiled)
         else:
-            layer.forward = compiled(layer.forward)
+            layer.forward = partial(_unguarded, compiled(layer.forward))
+
+
+def _unguarded(forward: Callable, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: object):
+    return forward(x, cos, sin, _Unguarded(runtime_key))
+
+
+class _Unguarded:
+    """Attention by a runtime key. `calc_attn` calls it, in place of a backend.
+
+    torch.compile guards each field of a runtime key, since that is a dataclass, and so would
+    compile again for each batch. Of this object it guards the type.
+    """
+
+    def __init__(self, runtime_key: object) -> None:
+        self.runtime_key = runtime_key
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return calc_attn(q, k, v, self.runtime_key)[0]
 
 
 class _RecomputingForward:

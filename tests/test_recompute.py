@@ -114,7 +114,7 @@ def test_each_mode_keeps_and_computes_what_it_says(mode, kernels, gathers, cp_gr
     """
     monkeypatch.setattr(recompute, "MLP_SLICE_SIZE", 64)
     calls = count_calls(monkeypatch)
-    keep_gathering(monkeypatch, gathers)
+    change_keys(monkeypatch, gathers=gathers)
     config = dataclasses.replace(CONFIG, intermediate_size=1000)
     model = build(mode, config)
     tokens, labels = torch.randint(config.vocab_size, (2, 512))
@@ -142,6 +142,17 @@ def test_a_compiled_run_may_have_many_shapes(cp_group, monkeypatch):
         for enabled in (True, False):
             with torch.set_grad_enabled(enabled):
                 run_model(model, torch.arange(tokens), [tokens], cp_group)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_key_compiles_nothing_again(mode, cp_group, monkeypatch):
+    """Each batch has a key. torch 2.11 guarded its fields, which took 0.2 s of each step."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = build(mode, compiled=True)
+    run_and_differentiate(model, cp_group)
+    change_keys(monkeypatch, key_slices=[slice(0, 20), slice(20, 60)])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run_and_differentiate(model, cp_group)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -203,7 +214,7 @@ def test_a_layer_that_is_no_longer_needed_is_freed_at_once(
 ):
     """Also without its backward, as after an error: no reference cycle waits for gc."""
     monkeypatch.setattr(native, "select_kernel", lambda *args: ("kernel", KeepsItsOutput.apply))
-    keep_gathering(monkeypatch, gathers)
+    change_keys(monkeypatch, gathers=gathers)
     model = build(mode)
     gc.collect()
     gc.disable()
@@ -231,14 +242,14 @@ def count_calls(monkeypatch) -> list:
     return calls
 
 
-def keep_gathering(monkeypatch, gathers: bool) -> None:
-    """Makes keys of one process gather, as those of a cp group do where a document is cut."""
+def change_keys(monkeypatch, **changes) -> None:
+    """Changes fields of keys. With gathers=True, one process gathers as a cp group does."""
     build_key = native.magi_attn_varlen_key
 
-    def with_gathers(*args, **kwargs):
-        return dataclasses.replace(build_key(*args, **kwargs), gathers=gathers)
+    def with_changes(*args, **kwargs):
+        return dataclasses.replace(build_key(*args, **kwargs), **changes)
 
-    monkeypatch.setattr("conftest.magi_attn_varlen_key", with_gathers)
+    monkeypatch.setattr("conftest.magi_attn_varlen_key", with_changes)
 
 
 class Live(TorchDispatchMode):
