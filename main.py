@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from contextlib import closing
-from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ from data import IGNORED_LABEL, Source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 from support import metrics
-from support.preflight import build_llama_config, run_config, set_up
+from support.preflight import build_llama_config, collective_timeout, run_config, set_up
 from support.process import end_process, exit_with, log, rendezvous, restarts
 from support.recompute import apply_compile, apply_recompute
 
@@ -46,7 +45,7 @@ def init_env() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"  # gloo: CPU collectives do not queue behind GPU kernels
-    timeout = timedelta(seconds=2 * train_config["step_timeout"])  # the watchdog's comes first
+    timeout = collective_timeout()
     store, rank, world_size = rendezvous(timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
@@ -54,11 +53,12 @@ def init_env() -> None:
 def build_mesh() -> DeviceMesh:
     """Returns the mesh (dp, cp). cp ranks are neighbours, to share a node where they fit."""
     cp_size = parallel_config["context_parallel_size"]
-    return init_device_mesh(
-        "cuda" if torch.cuda.is_available() else "cpu",
-        (dist.get_world_size() // cp_size, cp_size),
-        mesh_dim_names=("dp", "cp"),
-    )
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = dist.get_world_size() // cp_size, cp_size
+    device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp"))
+    for mesh in (device_mesh["dp"], device_mesh["cp"], dp_cp_mesh(device_mesh)):
+        mesh.get_group().set_timeout(collective_timeout())
+    return device_mesh
 
 
 def dp_cp_mesh(device_mesh: DeviceMesh) -> DeviceMesh:
@@ -118,8 +118,8 @@ def build_optimizer(model: nn.Module, config: dict) -> tuple[torch.optim.Optimiz
         {"params": matrices, "weight_decay": config["weight_decay"]},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    rate, betas, eps = config["learning_rate"], config["betas"], config["eps"]
-    optimizer = torch.optim.AdamW(groups, rate, betas, eps, fused=True)
+    settings = config["learning_rate"], config["betas"], config["eps"]
+    optimizer = torch.optim.AdamW(groups, *settings, fused=True)
     optimizer.found_inf = torch.zeros((), device=matrices[0].device)  # see `clip_gradients`
     warmup, floor = config["warmup_iters"], config["min_learning_rate_ratio"]
     decay_iters = max(1, train_config["train_iters"] - warmup)
@@ -164,7 +164,7 @@ def prepare_magi_attention(
 
     Returns this rank's (input_ids [s], labels [s], position_ids [s], runtime key), on its device.
     Padding is token 0 with label -100. position_ids count from the start of each document.
-    A collective over the cp group.
+    magi_attention makes this a collective over the cp group.
     """
     api = context_parallel.load_api(parallel_config["context_parallel_backend"])
     group = device_mesh.get_group("cp")
@@ -225,7 +225,6 @@ def loss_func(token_losses: Tensor, num_labels: float, device_mesh: DeviceMesh) 
     """Returns what this rank backpropagates: sum(token_losses) x world size / num_labels.
 
     token_losses: [s], 0 where the label is -100. num_labels: of the whole step, over all ranks.
-
     A step's loss is (sum over all ranks) / (labels over all ranks), for every layout. FSDP divides
     the sum of all ranks' gradients by the world size; the factor here undoes that.
     """
@@ -233,10 +232,10 @@ def loss_func(token_losses: Tensor, num_labels: float, device_mesh: DeviceMesh) 
 
 
 def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-    """Prepares `optimizer.step()`, without a device sync; returns the gradient norm, a scalar.
+    """Makes `optimizer.step()` clip, without a device sync; returns the gradient norm, a scalar.
 
-    Fused AdamW divides the gradients by grad_scale, and changes nothing while found_inf is 1: from
-    the first loss or gradient norm on that is not finite.
+    Fused AdamW reads two attributes of `GradScaler`: it divides the gradients by grad_scale, and
+    changes nothing while found_inf is 1, from the first loss or norm on that is not finite.
     """
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     grad_norm = nn.utils.get_total_norm(grads).full_tensor()
@@ -250,8 +249,7 @@ def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, source: Source, device_mesh: DeviceMesh) -> float:
     """Returns the mean loss, in nats per label, of the source's first eval_iters batches."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device_mesh.device_type)
-    num_labels = 0.0
+    loss_sum, num_labels = torch.zeros((), device=device_mesh.device_type).double(), 0.0
     for eval_iter in range(train_config["eval_iters"]):
         batch = prepare_batch(source, device_mesh, model.config, None, eval_iter)
         for input_ids, labels, position_ids, key in batch.micro_batches:
@@ -294,7 +292,10 @@ def train(
     def log_step(step: metrics.Step, evaluates: bool = False) -> None:
         step.wait()
         metrics.check_finite(step, model, partial(forward_backward, step.batch))
-        eval_loss = evaluate(model, sources["validation"], device_mesh) if evaluates else None
+        eval_loss = None
+        if evaluates:
+            writer.watchdog.watch(f"the evaluation after step {step.number}")
+            eval_loss = evaluate(model, sources["validation"], device_mesh)
         writer.write(step, eval_loss)
 
     with closing(metrics.MetricsWriter(config, first_iter, device_mesh.size())) as writer:
@@ -333,9 +334,8 @@ def main(arguments: list[str]) -> None:
         exit_with(error)
     init_env()
     device_mesh = build_mesh()
-    model = build_llama_model()
+    model = parallelize_model(build_llama_model(), device_mesh)
     log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
-    parallelize_model(model, device_mesh)
     optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
     try:
         train(model, optimizer, lr_scheduler, device_mesh, sources, train_config["train_iters"])

@@ -49,8 +49,9 @@ for signal in INT TERM USR1; do
   # shellcheck disable=SC2064  # the signal's name now, not later
   trap "forward $signal" "$signal"
 done
-code=0
 while kill -0 "$launcher" 2>/dev/null; do # a signal interrupts `wait`
-  wait "$launcher" && code=0 || code=$?
+  wait "$launcher" || true
 done
+code=0
+wait "$launcher" || code=$? # bash remembers it
 exit "$code"

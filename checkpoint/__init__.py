@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ from .format import (
     remove_leftovers,
 )
 
-# Keys that may not change on resume, since they make another run. All others may.
-FIXED = ("data", "llama_config.", "train_config.seed")
+# Keys, or their beginnings, that may not change on resume. All others may.
+FIXED = ("data", "data_config.", "llama_config.", "train_config.seed")
 # Keys of a run's place. They do not change its training.
 ELSEWHERE = ("machine.", "train_config.output_dir", "train_config.resume")
 
@@ -144,7 +145,8 @@ class Checkpointer:
         self.train_config = config["train_config"]
         self.writer = Writer(self.train_config["keep_last"])
         # DCP's thread needs its own group, since training uses the others at the same time.
-        self.group = dist.new_group(backend="gloo")
+        timeout = timedelta(seconds=2 * self.train_config["step_timeout"])
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.saving = None  # the future of the pending save
         self.failure, self.ever_failed = "", False  # the last save's error; whether any save failed
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -44,7 +44,7 @@ def checkpoints(path: str) -> list[str]:
     """Returns the checkpoints of a run, the newest first; or `path` itself if it is one."""
     path = os.path.normpath(path)
     if re.fullmatch(STEP_NAME, os.path.basename(path)):
-        return [path]
+        return [path] if os.path.isdir(path) else []
     names = os.listdir(path) if os.path.isdir(path) else []
     steps = sorted((name for name in names if re.fullmatch(STEP_NAME, name)), reverse=True)
     return [os.path.join(path, name) for name in steps]

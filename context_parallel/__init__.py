@@ -1,7 +1,7 @@
 """Context parallelism: the choice of a backend, and the attention call.
 
-Both backends build a *runtime key* per step: each rank's chunks of a packed sequence, and the keys
-that their queries see.
+Both backends build a *runtime key* per micro-batch: each rank's chunks of a packed sequence, and
+the keys that their queries see.
 """
 
 import importlib
@@ -82,9 +82,11 @@ def load_api(backend: str) -> ModuleType:
 def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> tuple[Tensor, object]:
     """Attention of the local queries to all keys that they see, by the backend of the key.
 
-    q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns out, [s, nh, hd], and magi_attention's meta or None.
+    q: [s, nh, hd]; k, v: [s, nkv, hd]. key: a runtime key, or in its place a function
+    (q, k, v) -> out (`support/recompute.py`). Returns out, [s, nh, hd], and magi_attention's meta
+    or None.
     """
-    if callable(key):  # support/recompute.py: q, k, v -> out
+    if callable(key):
         return key(q, k, v), None
     if isinstance(key, native.DistAttnRuntimeKey):
         return native.calc_attn(q, k, v, key)

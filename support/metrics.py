@@ -34,6 +34,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "B200": 2250e12,
     "A100": 312e12,
@@ -63,9 +64,10 @@ def describe_machine() -> dict[str, str]:
 
 
 def attention_area(cu_seqlens: torch.Tensor, causal: bool) -> float:
-    """Returns the (query, key) pairs of a packed sequence's mask: the sum of len^2, or of len^2/2.
+    """Returns a packed sequence's (query, key) pairs: the sum of len^2, or of len^2/2 if causal.
 
-    cu_seqlens: [documents + 1], where documents begin and end.
+    cu_seqlens: [documents + 1], where documents begin and end. A causal mask's diagonal is counted
+    half, as is usual for FLOPs.
     """
     squares = cu_seqlens.diff().double().square().sum().item()
     return squares / 2 if causal else squares
@@ -164,7 +166,7 @@ class Step:
         self.end = now()
 
     def wait(self) -> None:
-        """Sets `loss` and `grad_norm`. It is a step's only host-device sync."""
+        """Sets `loss` and `grad_norm`. Besides checkpoints, only this waits for the GPU."""
         if not isinstance(self.end, float):
             self.end.synchronize()
         self.loss, self.grad_norm = self.results.tolist()

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def set_up(arguments: list[str]) -> Sources:
 def set_environment() -> None:
     """Sets torchrun's variables where it did not start this process.
 
-    RANK and WORLD_SIZE then come from a scheduler, if at all, and count nodes.
+    A scheduler may have set RANK and WORLD_SIZE, but it counts nodes.
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
@@ -62,6 +63,11 @@ def build_llama_config() -> LlamaConfig:
     if model_config["init_from"]:
         return weights.read_config(model_config["init_from"], model_config["overrides"])
     return LlamaConfig.from_preset(model_config["preset"], model_config["overrides"])
+
+
+def collective_timeout() -> timedelta:
+    """Returns the timeout of collectives, longer than the watchdog's, which names the step."""
+    return timedelta(seconds=2 * train_config["step_timeout"])
 
 
 def choose_backend() -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from context_parallel import calc_attn
 from context_parallel.native import not_saved
@@ -107,14 +107,15 @@ def _mlp_half(layer: nn.Module, x: Tensor) -> Tensor:
 class _Recomputed:
     """Runs a function for which autograd saves no tensors.
 
-    Backward runs it once more. It then gets the tensors from that run, in the order of the first,
-    and the output, which the MLP half needs.
+    Backward runs it once more, from the same random states. It then gets the tensors from that run,
+    in the order of the first, and the output, which the MLP half needs.
     """
 
     def __init__(self, norm: Callable, function: Callable, x: Tensor) -> None:
         """norm: x -> normed, cheap, so recomputed later still. function: x, normed -> output."""
         self.norm, self.function, self.x = norm, function, x
         self.num_saved, self.saved, self.output, self.normed = 0, {}, None, None
+        self.cpu_rng, self.device_rng = torch.get_rng_state(), get_device_states(x)
 
     def run(self) -> Tensor:
         with saved_tensors_hooks(self._count, self._saved_again):
@@ -150,7 +151,14 @@ class _Recomputed:
                 saved.append(tensor.detach())
 
         x = self.x.detach().requires_grad_(self.x.requires_grad)
-        with torch.enable_grad(), saved_tensors_hooks(save, _never):
+        devices, states = self.device_rng
+        with (
+            torch.enable_grad(),
+            saved_tensors_hooks(save, _never),
+            torch.random.fork_rng(devices, device_type=x.device.type),
+        ):
+            torch.set_rng_state(self.cpu_rng)
+            set_device_states(devices, states, device_type=x.device.type)
             normed = self.norm(x)
             # Not the tensor: its graph holds `save`, which would be a reference cycle.
             storage_of_normed = normed.untyped_storage().data_ptr()

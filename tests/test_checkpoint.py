@@ -396,6 +396,9 @@ def test_a_path_starts_a_branch_in_another_folder(start, undisturbed, tmp_path):
     config["train_config"]["resume"] = str(tmp_path)
     with pytest.raises(CheckpointError, match="holds no checkpoint; it must be 'auto', 'never', "):
         checkpoint.check_resume(config)
+    config["train_config"]["resume"] = str(undisturbed[1] / "step-00000099")
+    with pytest.raises(CheckpointError, match="holds no checkpoint; it must be 'auto', 'never', "):
+        checkpoint.check_resume(config)
 
 
 def build(output_dir, *arguments) -> checkpoint.Checkpointer:
