@@ -7,7 +7,7 @@ The stream is endless. Each epoch holds every document of a corpus (corpus.py) o
 order. The stream is cut into rows of `seqlen` tokens: long documents are cut, and short documents
 are packed. An epoch's rows are shuffled, so a batch seldom holds neighbours. Each row is used once:
 no token of an epoch is dropped or repeated. Any rank can build any row without building others.
-Step n uses the rows n x batch_size to (n + 1) x batch_size - 1.
+Step n, from 0, uses the rows n x batch_size to (n + 1) x batch_size - 1.
 """
 
 import functools

@@ -138,7 +138,7 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
     checked_bytes: the checksums of larger files are not compared.
     Raises ValueError if the files do not match `meta.json`.
     """
-    again = "the folder is damaged or incomplete, so remove it and prepare it again"
+    again = "the folder is damaged or incomplete; prepare the corpus again"
     try:
         with open(os.path.join(folder, "meta.json")) as file:
             meta = json.load(file)

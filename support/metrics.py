@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
@@ -334,13 +335,19 @@ def _keep_earlier(output_dir: str, names: list[str]) -> None:
             os.rename(path, f"{path}.{number}")
 
 
+def import_pyplot() -> ModuleType:
+    """Returns matplotlib.pyplot, set to draw into files. Raises ValueError if it is missing."""
+    try:
+        import matplotlib.pyplot
+    except ImportError as error:
+        raise ValueError(f"{error}; to draw, `pip install matplotlib`") from None
+    matplotlib.use("Agg")
+    return matplotlib.pyplot
+
+
 def plot(runs: list[str], output: str) -> None:
     """Draws each run's loss over its steps, and the loss of its evaluations as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = import_pyplot()
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for run in runs:
         with open(os.path.join(run, "metrics.jsonl")) as file:

@@ -1,5 +1,7 @@
 """The tables and the plot of benchmark.py's results."""
 
+from .metrics import import_pyplot
+
 
 def newest_series(results: list[dict], field: str, series: str | None) -> list[dict]:
     """Returns the lines with this field of a series, or of the newest, on the machine of its last.
@@ -66,11 +68,7 @@ def draw(results: list[dict], plot: str) -> None:
 
     Cases that torchtitan did not run are left out, unless it ran none.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = import_pyplot()
     cases, peer = by_case(results), "torchtitan"
     if any(len(found) > 1 and peer in found for found in cases.values()):
         cases = {case: found for case, found in cases.items() if len(found) > 1 and peer in found}
