@@ -459,7 +459,7 @@ def test_a_damaged_folder_is_refused(numbers, damage, sentence):
         open_data(numbers, vocab_size=1000)
     assert sentence in str(error.value)
     assert str(error.value).startswith(str(numbers))
-    assert "so remove it and prepare it again" in str(error.value)
+    assert "prepare the corpus again" in str(error.value)
 
 
 def test_what_a_start_leaves_unchecked_is_found_by_verify_or_when_it_is_read(numbers, monkeypatch):
