@@ -5,12 +5,15 @@
     bash run.sh                            # all GPUs of this machine, or two processes on a CPU
 
 Edit llama_pretrain_config.py, or override its keys: `main.py data_config.seqlen=4096`.
-
 Shapes in comments: `S` tokens of a packed sequence, `s` = S / cp tokens of this rank's shard.
 """
 
+if __name__ == "__main__":  # first, since importing torch takes seconds
+    from support import stop
+
+    stop.listen()
+
 import math
-import os
 import sys
 import time
 from contextlib import closing
@@ -33,7 +36,7 @@ from context_parallel.chunks import balanced_chunk_size
 from data import IGNORED_LABEL, Source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
-from support import metrics
+from support import metrics, stop
 from support.preflight import build_llama_config, collective_timeout, run_config, set_up
 from support.process import end_process, exit_with, log, rendezvous, restarts
 from support.recompute import apply_compile, apply_recompute
@@ -43,7 +46,7 @@ def init_env() -> None:
     """Joins the launcher's process group; a single process makes its own."""
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(dist.get_node_local_rank())
         backend = "cpu:gloo,cuda:nccl"  # gloo: CPU collectives do not queue behind GPU kernels
     timeout = collective_timeout()
     store, rank, world_size = rendezvous(timeout)
@@ -109,7 +112,6 @@ def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> Llama
 
 def build_optimizer(model: nn.Module, config: dict) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """Returns AdamW, with weight decay on matrices only, and its schedule. Call it after sharding.
-
     The schedule: linear warm-up to learning_rate, half a cosine down to min_learning_rate_ratio.
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -118,7 +120,7 @@ def build_optimizer(model: nn.Module, config: dict) -> tuple[torch.optim.Optimiz
         {"params": matrices, "weight_decay": config["weight_decay"]},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    settings = config["learning_rate"], config["betas"], config["eps"]
+    settings = config["learning_rate"], tuple(map(float, config["betas"])), config["eps"]
     optimizer = torch.optim.AdamW(groups, *settings, fused=True)
     optimizer.found_inf = torch.zeros((), device=matrices[0].device)  # see `clip_gradients`
     warmup, floor = config["warmup_iters"], config["min_learning_rate_ratio"]
@@ -212,7 +214,6 @@ def prepare_batch(
         counts[1] += metrics.attention_area(cu_seqlens, config.is_causal)
     # The sum over dp is the sum over all ranks: cp ranks have the same labels before dispatch.
     dist.all_reduce(counts, group=device_mesh.get_group("dp"))
-
     start = time.perf_counter()
     with torch.cuda.stream(stream):
         prepared = [prepare_magi_attention(*m, config, device_mesh) for m in micro_batches]
@@ -248,7 +249,7 @@ def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, source: Source, device_mesh: DeviceMesh) -> float:
-    """Returns the mean loss, in nats per label, of the source's first eval_iters batches."""
+    """Returns the loss, in nats per label, of the source's first eval_iters batches, or NaN."""
     loss_sum, num_labels = torch.zeros((), device=device_mesh.device_type).double(), 0.0
     for eval_iter in range(train_config["eval_iters"]):
         batch = prepare_batch(source, device_mesh, model.config, None, eval_iter)
@@ -259,7 +260,7 @@ def evaluate(model: LlamaForCausalLM, source: Source, device_mesh: DeviceMesh) -
         if isinstance(module, FSDPModule):
             module.reshard()
     dist.all_reduce(loss_sum)
-    return loss_sum.item() / max(1.0, num_labels)
+    return loss_sum.item() / num_labels if num_labels else math.nan
 
 
 def train(
@@ -278,6 +279,7 @@ def train(
     config, eval_interval = run_config(sources), train_config["eval_interval"]
     checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, config, log, restarts())
     first_iter = checkpointer.resume()
+    stop.defer()
     stream = Stream() if device_mesh.device_type == "cuda" else None
     prepare = partial(prepare_batch, sources["train"], device_mesh, model.config, stream)
 
@@ -292,10 +294,9 @@ def train(
     def log_step(step: metrics.Step, evaluates: bool = False) -> None:
         step.wait()
         metrics.check_finite(step, model, partial(forward_backward, step.batch))
-        eval_loss = None
         if evaluates:
             writer.watchdog.watch(f"the evaluation after step {step.number}")
-            eval_loss = evaluate(model, sources["validation"], device_mesh)
+        eval_loss = evaluate(model, sources["validation"], device_mesh) if evaluates else None
         writer.write(step, eval_loss)
 
     with closing(metrics.MetricsWriter(config, first_iter, device_mesh.size())) as writer:
@@ -307,22 +308,22 @@ def train(
             grad_norm = clip_gradients(model, optimizer, loss)
             optimizer.step()
             optimizer.zero_grad()
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            lr_scheduler.step()
             number, is_last = train_iter + 1, train_iter + 1 == train_iters
+            learning_rate = lr_scheduler.get_last_lr()[0]
             step = writer.queue(number, batch, loss, grad_norm, learning_rate, save_seconds)
+            lr_scheduler.step()
 
             batch = None if is_last else prepare(train_iter + 1)  # while the GPU works
-            stop = checkpointer.is_any_stopping()
+            stops = checkpointer.is_any_stopping(stop.requested())
             evaluates = eval_interval > 0 and (is_last or number % eval_interval == 0)
             if queued:
                 log_step(queued)
             queued = step  # on a GPU it is logged when the next step is queued
-            if stream is None or is_last or evaluates or checkpointer.is_due(number, stop):
+            if stream is None or is_last or evaluates or checkpointer.is_due(number, stops):
                 log_step(step, evaluates)
                 queued = None
-            save_seconds = checkpointer.after_step(number, stop)
-            if stop:
+            save_seconds = checkpointer.after_step(number, stops)
+            if stops:
                 break
 
 
@@ -335,7 +336,6 @@ def main(arguments: list[str]) -> None:
     init_env()
     device_mesh = build_mesh()
     model = parallelize_model(build_llama_model(), device_mesh)
-    log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
     try:
         train(model, optimizer, lr_scheduler, device_mesh, sources, train_config["train_iters"])

@@ -10,7 +10,7 @@
 # 0), MASTER_ADDR (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port),
 # MAX_RESTARTS (default 0: how often torchrun starts all processes again after one of them failed).
 #
-# INT (Ctrl-C), TERM and USR1 make the run save and leave with exit code 0.
+# INT (Ctrl-C), TERM, USR1 and HUP make the run save and end with exit code 0. nohup works as usual.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -29,26 +29,35 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / process
 if ((nodes == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
   rendezvous=(--standalone)
 else
-  rendezvous=(--nnodes "$nodes" --node-rank "$node_rank"
-    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-16989}")
+  address=${MASTER_ADDR:-127.0.0.1} port=${MASTER_PORT:-16989}
+  rendezvous=(--nnodes "$nodes" --node-rank "$node_rank" --master-addr "$address" --master-port "$port")
 fi
 
 # torchrun answers a signal by ending its workers, within 30 seconds, and then fails itself. So these
-# three go past it to the workers, which save and leave; torchrun ends when they have, with 0.
-(
-  trap '' INT TERM USR1
-  exec torchrun "${rendezvous[@]}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}" \
-    --signals-to-handle SIGHUP,SIGQUIT main.py "$@"
-) &
-launcher=$!
+# go past it to the workers, which save and end; torchrun ends when they have, with 0.
 forward() {
-  # shellcheck disable=SC2046  # one word for each worker
-  kill -s "$1" $(pgrep -P "$launcher" || cat "/proc/$launcher/task/$launcher/children") || true
+  local workers
+  workers=$(pgrep -P "$launcher" || cat "/proc/$launcher/task/$launcher/children") || true
+  if [[ -n $workers ]]; then
+    # shellcheck disable=SC2086  # one word for each worker
+    kill -s "$1" $workers || true
+  else # torchrun starts, or waits for other nodes
+    echo "stopped before the processes were started"
+    kill -s TERM "$launcher" || true
+  fi
 }
-for signal in INT TERM USR1; do
+for signal in INT TERM USR1 HUP; do
   # shellcheck disable=SC2064  # the signal's name now, not later
   trap "forward $signal" "$signal"
 done
+set -m # a process group of its own: the terminal's Ctrl-C does not reach torchrun
+python -m support.launch "${rendezvous[@]}" --nproc-per-node "$processes" \
+  --max-restarts "${MAX_RESTARTS:-0}" --signals-to-handle SIGTERM,SIGINT,SIGQUIT main.py "$@" &
+launcher=$!
+set +m
+if ((nodes > 1)); then
+  echo "node $node_rank of $nodes: waits for the others at $address:$port"
+fi
 while kill -0 "$launcher" 2>/dev/null; do # a signal interrupts `wait`
   wait "$launcher" || true
 done

@@ -7,7 +7,6 @@ and `export`.
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -121,12 +120,7 @@ def _differences(saved: dict, new: dict, prefix: str = "") -> Iterator[tuple[str
 
 
 class Checkpointer:
-    """Saves and resumes a run, and handles the signals that stop it.
-
-    SIGINT, SIGTERM and SIGUSR1 set `stopping`; schedulers send the last two. The end of torchrun
-    sets it too, since nothing else would end this process. The ranks agree on it in the training
-    loop, and `after_step` then saves.
-    """
+    """Saves and resumes a run."""
 
     def __init__(
         self,
@@ -143,28 +137,13 @@ class Checkpointer:
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.config, self.log, self.restarts = config, log, restarts
         self.train_config = config["train_config"]
-        self.writer = Writer(self.train_config["keep_last"])
+        self.writer = Writer(self.train_config["keep_last"], log)
         # DCP's thread needs its own group, since training uses the others at the same time.
         timeout = timedelta(seconds=2 * self.train_config["step_timeout"])
         self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.saving = None  # the future of the pending save
         self.failure, self.ever_failed = "", False  # the last save's error; whether any save failed
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.signals = signals = []  # received; a handler with `self` would keep the model alive
-
-        def on_signal(number: int, frame: object) -> None:
-            signals.append(number)
-            if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, on_signal)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether this rank asks all ranks to save and exit after this step."""
-        is_orphan = self.torchrun not in (None, os.getppid())
-        return bool(self.signals) or is_orphan or self.stops_on_failure
 
     @property
     def stops_on_failure(self) -> bool:
@@ -212,9 +191,14 @@ class Checkpointer:
             )
         return 0
 
-    def is_any_stopping(self) -> bool:
-        """Returns whether any rank is `stopping`. A collective, on the CPU."""
-        stopping = torch.tensor(float(self.stopping))
+    def is_any_stopping(self, requested: bool) -> bool:
+        """Returns whether the run has to save and end after this step. A collective, on the CPU.
+
+        requested: whether this rank was asked to stop. The end of torchrun asks too, since nothing
+        else would end this process.
+        """
+        is_orphan = self.torchrun not in (None, os.getppid())
+        stopping = torch.tensor(float(requested or is_orphan or self.stops_on_failure))
         dist.all_reduce(stopping)
         return bool(stopping > 0)
 
@@ -227,7 +211,7 @@ class Checkpointer:
     def after_step(self, step: int, stop: bool) -> float:
         """Saves if a checkpoint is due; returns the seconds for which training paused.
 
-        step: the first is 1. stop: whether any rank is `stopping`, the same on all ranks. With
+        step: the first is 1. stop: of `is_any_stopping`, the same on all ranks. With
         `stop`, and after the last step, it waits until the checkpoint is complete. Raises
         CheckpointError if this save fails, or if one failed and `on_checkpoint_failure` is "stop".
         """

@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,10 +122,10 @@ class Writer(dcp.FileSystemWriter):
     the results of all ranks. An error on any rank reaches all of them.
     """
 
-    def __init__(self, keep_last: int) -> None:
+    def __init__(self, keep_last: int, log: Callable[[str], None]) -> None:
         # Training waits for the copy to host memory, so its pinned buffers are kept.
         super().__init__("", cache_staged_state_dict=torch.cuda.is_available())
-        self.keep_last = keep_last
+        self.keep_last, self.log = keep_last, log
         self.manifest: dict[str, Any] = {}  # the next checkpoint's, without its files
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
@@ -168,7 +169,7 @@ class Writer(dcp.FileSystemWriter):
                 try:
                     remove(older)
                 except OSError as error:  # the new checkpoint is complete anyway
-                    print(f"warning: {older} could not be removed: {error}", flush=True)
+                    self.log(f"warning: {older} could not be removed: {error}")
 
 
 class _Unpickler(pickle._Unpickler):

@@ -19,7 +19,7 @@ CHOICES = {
 }
 
 
-def _is_int(value: Any, low: int, high: float = math.inf) -> bool:
+def _is_int(value: Any, low: int, high: int = 2**62) -> bool:
     return type(value) is int and low <= value <= high
 
 
@@ -44,15 +44,15 @@ RULES = [
         "source validation_source preset init_from output_dir resume",
     ),
     ("true or false", lambda v: type(v) is bool, "skip_undecodable compile"),
-    ("a dict", lambda v: type(v) is dict, "overrides"),
+    ("a dict of fields", lambda v: type(v) is dict and all(type(k) is str for k in v), "overrides"),
     (
-        "an integer of at least 1",
+        "an integer of at least 1, and up to 2^62",
         lambda v: _is_int(v, 1),
         "seqlen batch_size train_iters gradient_accumulation_steps eval_iters"
         " context_parallel_size",
     ),
     (
-        "an integer of at least 0",
+        "an integer of at least 0, and up to 2^62",
         lambda v: _is_int(v, 0),
         "random_document_length end_of_text_id eval_interval checkpoint_interval keep_last"
         " warmup_iters",
@@ -63,7 +63,8 @@ RULES = [
         lambda v: _is_number(v) and 0 <= v < math.inf,
         "learning_rate weight_decay",
     ),
-    ("a number above 0", lambda v: _is_number(v) and 0 < v < math.inf, "eps step_timeout"),
+    ("a number above 0", lambda v: _is_number(v) and 0 < v < math.inf, "eps"),
+    ("a number above 0 and up to 1e7", lambda v: _is_number(v) and 0 < v <= 1e7, "step_timeout"),
     (
         "a number above 0, or inf for no clipping",
         lambda v: _is_number(v) and v > 0,
@@ -197,6 +198,12 @@ def _check_layout(world_size: int) -> None:
             f"data_config.batch_size={batch_size} must be a multiple of {parts}, which is dp "
             f"{dp_size} (world size {world_size} / cp {cp_size}) x gradient_accumulation_steps "
             f"{accumulation}; the next is {-(-batch_size // parts) * parts}"
+        )
+    seqlen, most = data_config["seqlen"], 2**31 - 1  # cu_seqlens is int32
+    if batch_size // parts * seqlen > most:
+        raise ValueError(
+            f"data_config.seqlen={seqlen} x {batch_size // parts} rows of a micro-batch must "
+            f"be at most {most}; lower seqlen, or raise gradient_accumulation_steps"
         )
 
 

@@ -42,6 +42,9 @@ PEAK_FLOPS = {
 }
 
 
+NO_LABELS = "n/a (no label counts)"
+
+
 @functools.cache
 def describe_machine() -> dict[str, str]:
     """Returns versions, hardware and commit."""
@@ -228,7 +231,7 @@ class MetricsWriter:
         peak = peak_flops()
         record = {
             "step": step.number,
-            "loss": step.loss,
+            "loss": step.loss if step.batch.num_labels else None,
             "grad_norm": step.grad_norm,
             "lr": step.learning_rate,
             "tokens": int(step.batch.num_labels),
@@ -242,8 +245,10 @@ class MetricsWriter:
             "save_ms": step.save_seconds * 1e3,
         }
         if eval_loss is not None:
+            if math.isnan(eval_loss):  # no label counts
+                eval_loss = None
             # exp(710) is not finite.
-            perplexity = math.exp(eval_loss) if eval_loss < 700 else None
+            perplexity = None if eval_loss is None or eval_loss > 700 else math.exp(eval_loss)
             record |= {"eval_loss": eval_loss, "eval_perplexity": perplexity}
         log(format_step(record, self.train_iters))
         try:
@@ -265,29 +270,30 @@ class MetricsWriter:
         self.watchdog.stop()
         if self.profiler is not None:
             self.profiler.stop()
-        if self.file is not None:
-            self.file.close()
-        if self.tensorboard is not None:
-            with contextlib.suppress(OSError):
-                self.tensorboard.close()
+        for file in (self.file, self.tensorboard):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def format_step(record: dict[str, Any], train_iters: int) -> str:
     """Returns the log line of one step: a fixed order, with units."""
-    mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
+
+    def number(value: float | None, form: str, missing: str = "n/a") -> str:
+        return missing if value is None else f"{value:{form}}"
+
     line = (
-        f"step: {record['step']}/{train_iters}  loss: {record['loss']:.4f}  "
+        f"step: {record['step']}/{train_iters}  loss: {number(record['loss'], '.4f', NO_LABELS)}  "
         f"grad_norm: {record['grad_norm']:.4f}  lr: {record['lr']:.2e}  "
         f"tokens: {record['tokens']:,}  time: {record['step_ms']:,.0f} ms  "
         f"tps: {record['tokens_per_s']:,.0f}  tflops/gpu: {record['tflops_per_gpu']:.2f}  "
-        f"mfu: {mfu}  memory: {record['peak_memory_gib']:.2f} GiB  "
+        f"mfu: {number(record['mfu'], '.1%')}  memory: {record['peak_memory_gib']:.2f} GiB  "
         f"plan: {record['plan_ms']:.1f} ms  data: {record['data_ms']:.1f} ms  "
         f"save: {record['save_ms']:.1f} ms"
     )
     if "eval_loss" in record:
-        perplexity = record["eval_perplexity"]
-        line += f"  eval_loss: {record['eval_loss']:.4f}  eval_perplexity: "
-        line += "n/a" if perplexity is None else f"{perplexity:.2f}"
+        line += f"  eval_loss: {number(record['eval_loss'], '.4f', NO_LABELS)}"
+        line += f"  eval_perplexity: {number(record['eval_perplexity'], '.2f')}"
     return line
 
 
@@ -307,10 +313,17 @@ def _profiler(steps: tuple[int, ...], first_iter: int, output_dir: str):
         schedule=torch.profiler.schedule(
             wait=first - first_iter - 2, warmup=1, active=last - first + 1, repeat=1
         ),
-        on_trace_ready=lambda finished: finished.export_chrome_trace(path),
+        on_trace_ready=functools.partial(_write_trace, path),
     )
     profiler.start()
     return profiler
+
+
+def _write_trace(path: str, profiler: torch.profiler.profile) -> None:
+    try:
+        profiler.export_chrome_trace(path)
+    except (OSError, RuntimeError) as error:  # a full disk
+        log(f"warning: {path} could not be written: {error}")
 
 
 def _cut_after(file: BinaryIO, step: int) -> None:
@@ -352,6 +365,7 @@ def plot(runs: list[str], output: str) -> None:
     for run in runs:
         with open(os.path.join(run, "metrics.jsonl")) as file:
             records = [json.loads(line) for line in file]
+        records = [record for record in records if record["loss"] is not None]
         if not records:
             raise ValueError(f"{run}: its metrics.jsonl has no step yet")
         axes.plot(
@@ -360,7 +374,7 @@ def plot(runs: list[str], output: str) -> None:
             label=f"{os.path.basename(os.path.normpath(run))} ({records[-1]['loss']:.2f})",
             linewidth=1.2,
         )
-        evaluated = [record for record in records if "eval_loss" in record]
+        evaluated = [record for record in records if record.get("eval_loss") is not None]
         axes.plot(
             [record["step"] for record in evaluated],
             [record["eval_loss"] for record in evaluated],

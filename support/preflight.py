@@ -146,6 +146,9 @@ def log_run(sources: Sources, notes: list[str]) -> None:
         log(f"{'data' if name == 'train' else name}: {source.description}")
     log(f"config: {json.dumps(run_settings.sections())}")
     log(f"model: {json.dumps(asdict(config))}")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
 
 
 def missing_magi_kernels(head_dim: int, cp_size: int) -> int:

@@ -1,5 +1,6 @@
 """The processes of a run: how they start, log, time out and end."""
 
+import contextlib
 import faulthandler
 import fcntl
 import os
@@ -21,9 +22,10 @@ def rank() -> int:
 
 
 def log(message: str) -> None:
-    """Prints on rank 0 only."""
+    """Prints on rank 0 only. A log that cannot be written does not end the run."""
     if rank() == 0:
-        print(message, flush=True)
+        with contextlib.suppress(OSError):  # its reader has ended, or its disk is full
+            print(f"{message}\n", end="", flush=True)  # whole lines, also beside stop.py's
 
 
 def is_one_node() -> bool:
@@ -51,6 +53,7 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+ERROR_CODE = 2  # of an error that a user can correct; support/launch.py prints no report of it
 locks = []  # open files, since closing one unlocks it
 
 
@@ -126,7 +129,10 @@ def exit_with(error: Exception) -> NoReturn:
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if rank() != 0:
         time.sleep(10 if first_of_node else 20)  # the first exit ends the node's other ranks
-    sys.exit(f"error: {error}" if first_of_node else 1)
+    if first_of_node:
+        with contextlib.suppress(OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(ERROR_CODE)
 
 
 def end_process() -> NoReturn:
@@ -135,6 +141,7 @@ def end_process() -> NoReturn:
     gloo's thread frees a collective's tensors after the collective. It needs the GIL for that, and
     aborts the process if Python is shutting down.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for file in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            file.flush()
     os._exit(0)

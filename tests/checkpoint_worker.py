@@ -47,6 +47,7 @@ def work(rank: int, world_size: int, port: int, arguments: list[str], output, ki
     import torch
 
     import main
+    from support import stop
 
     torch.set_num_threads(1)
     (output_dir,) = (re.findall(r"output_dir=(.*)", "\n".join(arguments)) or [""])[-1:]
@@ -61,20 +62,23 @@ def work(rank: int, world_size: int, port: int, arguments: list[str], output, ki
 
     if kill_at:
         sys.addaudithook(count)
+    stop.listen()
     main.main(arguments)
 
 
 class Run:
     """The processes of a run, and their output in `said`."""
 
-    def __init__(self, processes: int, arguments: list, kill_at: int = 0) -> None:
+    def __init__(self, processes: int, arguments: list, kill_at: int = 0, absent: int = 0) -> None:
+        """absent: ranks that are not started."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.said, (self.output, output) = "", context.Pipe(duplex=False)
         self.ranks = [
             context.Process(
-                target=work, args=(rank, processes, port, [*SHORT, *arguments], output, kill_at)
+                target=work,
+                args=(rank, processes + absent, port, [*SHORT, *arguments], output, kill_at),
             )
             for rank in range(processes)
         ]

@@ -4,7 +4,6 @@ import copy
 import importlib.metadata
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,18 +39,6 @@ SMALL = LlamaConfig(
 torch.set_num_threads(1)  # the machine's cores are shared with the tests' own processes
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Puts the handlers back that training sets. A pool's workers are forked with them, and one
-    that only notes SIGTERM cannot be ended: the pool would wait for it for ever.
-    """
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def config(monkeypatch):
     """The config dicts, put back afterwards: `resolve` and `set_up` write into them."""
@@ -79,14 +66,16 @@ def start(tmp_path):
 
     runs = []
 
-    def start_run(*arguments, processes=1, cp=1, every=1, output_dir=tmp_path / "run", kill_at=0):
+    def start_run(
+        *arguments, processes=1, cp=1, every=1, output_dir=tmp_path / "run", kill_at=0, absent=0
+    ):
         settings = [
             f"train_config.output_dir={output_dir}",
             f"train_config.train_iters={ITERS}",
             f"train_config.checkpoint_interval={every}",
             f"parallel_config.context_parallel_size={cp}",
         ]
-        runs.append(Run(processes, [*settings, *arguments], kill_at))
+        runs.append(Run(processes, [*settings, *arguments], kill_at, absent))
         return runs[-1]
 
     yield start_run

@@ -23,6 +23,7 @@ from checkpoint.__main__ import inspect
 from checkpoint.format import CheckpointError, checkpoints, find_damage, read_manifest
 from support import preflight
 from support.config import resolve
+from support.process import ERROR_CODE
 
 COMPARED = ("step", "loss", "grad_norm", "lr", "tokens")
 
@@ -123,6 +124,33 @@ def test_a_run_stopped_by_a_signal_resumes_in_another_layout(start, undisturbed,
     assert_same_to_1e_5(output_dir, undisturbed[1])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_rank_waits_for_others_ends_it_at_once(number, start):
+    waiting = start(processes=1, absent=1).wait_for("parameters: ").signal(number)
+    assert waiting.exit_codes() == [0]
+    assert "stopped before training began\n" in waiting.said
+
+
+def test_ctrl_c_answers_at_once_and_the_second_ends_the_run_without_saving(start, tmp_path):
+    running = start(processes=2, cp=2, every=0).wait_for("step: 2/")
+    running.signal(signal.SIGSTOP, 1).signal(signal.SIGINT, 0)
+    while "stopping after this step; Ctrl-C again to leave without saving" not in running.said:
+        assert running.read(), running.said
+    running.signal(signal.SIGINT, 0)
+    running.ranks[0].join()
+    running.signal(signal.SIGKILL, 1)
+    assert running.exit_codes() == [128 + signal.SIGINT, -signal.SIGKILL], running.said
+    assert checkpoints(str(tmp_path / "run")) == []
+
+
+def test_a_log_that_nobody_reads_does_not_end_the_run(start, undisturbed, tmp_path):
+    running = start().wait_for("step: 3/")
+    running.output.close()
+    running.ranks[0].join()
+    assert running.ranks[0].exitcode == 0
+    assert trained(tmp_path / "run") == trained(undisturbed[1])
+
+
 def test_a_restarted_run_resumes_and_run_sh_exits_with_0_on_sigterm(undisturbed, tmp_path):
     """`torchrun --max-restarts 3`, as run.sh starts it. resume=never applies to the first start.
 
@@ -193,7 +221,7 @@ def test_ranks_of_a_killed_torchrun_save_and_exit_and_lock_out_a_second_run(tmp_
     running.kill()
     said = running.stdout.read()  # until the workers have ended
     running.wait()
-    assert second.returncode == 1
+    assert second.returncode == ERROR_CODE
     assert second.stderr.startswith(f"error: train_config.output_dir='{output_dir}' is in use: ")
     last = read_metrics(output_dir)[-1]["step"]
     assert f"asked to stop: saved step {last}" in said
@@ -239,7 +267,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(start, undisturbed, tmp_path)
     for path in checkpoints(str(output_dir)):
         (Path(path) / ".metadata").unlink()
     lost = start()
-    assert lost.exit_codes() == [1]
+    assert lost.exit_codes() == [ERROR_CODE]
     assert f"error: all checkpoints are damaged: {output_dir}/step-00000012, " in lost.said
 
 
@@ -282,7 +310,7 @@ def test_a_full_disk_costs_only_a_checkpoint(start, undisturbed, small_disk):
     arguments = {"output_dir": output_dir}
     running = start("train_config.on_checkpoint_failure=stop", **arguments).wait_for("saved:")
     filler = fill(small_disk)
-    assert running.exit_codes() == [1], running.said
+    assert running.exit_codes() == [ERROR_CODE], running.said
     assert "\nerror: the checkpoint " in running.said
     assert "No space left on device" in running.said
     assert not [name for name in os.listdir(output_dir) if name.endswith(".tmp")]
@@ -295,7 +323,7 @@ def test_a_full_disk_costs_only_a_checkpoint(start, undisturbed, small_disk):
 def test_an_output_dir_that_cannot_be_written_ends_the_run_before_step_1(start, tmp_path):
     (tmp_path / "file").touch()
     refused = start(output_dir=tmp_path / "file" / "run")
-    assert refused.exit_codes() == [1]
+    assert refused.exit_codes() == [ERROR_CODE]
     assert "cannot be written: " in refused.said
     assert "step:" not in refused.said
 
@@ -315,7 +343,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(start,
     stopped = start("train_config.optimizer_config.learning_rate=1e30", processes=2)
     stopped.ranks[0].join()  # the other waits for torchrun to end it
     stopped.signal(signal.SIGKILL, 1)
-    assert stopped.exit_codes() == [1, -signal.SIGKILL]
+    assert stopped.exit_codes() == [ERROR_CODE, -signal.SIGKILL]
     assert "error: step 2: the loss is " in stopped.said
     path = newest(tmp_path / "run")
     assert path.endswith("step-00000001") and find_damage(path) == ""
@@ -362,13 +390,13 @@ def test_never_refuses_a_folder_with_a_run_and_auto_reports_a_finished_run(start
     output_dir = undisturbed[1]
     before = (output_dir / "metrics.jsonl").read_bytes()
     refused = start("train_config.resume=never", output_dir=output_dir)
-    assert refused.exit_codes() == [1]
+    assert refused.exit_codes() == [ERROR_CODE]
     assert f"train_config.output_dir={str(output_dir)!r} holds a run; give another" in refused.said
     done = start(output_dir=output_dir, every=4)
     assert done.exit_codes() == [0], done.said
     assert f"resume: {output_dir}/step-00000012, step 12 of 12; all its steps" in done.said
     changed = start("train_config.optimizer_config.learning_rate=0.5", output_dir=output_dir)
-    assert changed.exit_codes() == [1]
+    assert changed.exit_codes() == [ERROR_CODE]
     keys = "train_config.checkpoint_interval, train_config.optimizer_config.learning_rate"
     assert f"has all 12 steps, so a change of {keys} would train nothing" in changed.said
     assert f"an output_dir other than {str(output_dir)!r}" in changed.said
@@ -673,7 +701,7 @@ def test_a_run_with_a_forged_pickle_ends_with_one_line(attack, forged_run, start
     refused = start(processes=2, output_dir=forged_run, every=4)
     refused.ranks[0].join()
     refused.signal(signal.SIGKILL, 1)
-    assert refused.exit_codes()[0] == 1
+    assert refused.exit_codes()[0] == ERROR_CODE
     assert f"error: {newest(forged_run)}/.metadata cannot be read (" in refused.said
     assert "Traceback" not in refused.said and "marker" not in os.listdir(ROOT)
 

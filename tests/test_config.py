@@ -1,12 +1,15 @@
 """The command line's overrides and the checks of the resolved config."""
 
+import copy
 import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT
 
 import llama_pretrain_config
+import main
 from configuration_llama import LlamaConfig
 from support.config import describe, flatten, resolve, sections
 
@@ -165,3 +168,33 @@ def test_help_lists_every_key_with_its_comment():
     for name in flatten(sections()):
         line = text[text.index(f"  {name}=") :].split("\n")
         assert line[1].strip(), name
+
+
+TEXTS = """
+    0 1 2 -1 3.5 1e10 1e-400 1e400 nan inf -inf true True false None null
+    [] () {} [0,0] [1,2] (0.5,) [0.5,0.5] [true,false] [[],[]] {1:2} {"a":1} {"head_dim":[]}
+    {"vocab_size":"x"} 'x' "x" b'x' 0x10 1_000 --help = == ,, * [ [[ {{ \x00 \ud800 é
+    . .. ./ ~ ~nobody / /proc/hf /dev/null README.md step-00000001
+    random python-stdlib none auto native tiny
+"""
+VALUES = TEXTS.split() + ["", " ", "9" * 400, "-" + "9" * 400, "[" * 3000, "x" * 5000]
+
+
+@pytest.mark.parametrize("key", flatten(sections()))
+def test_no_value_of_any_key_ends_in_a_traceback(key, config, tmp_path, monkeypatch):
+    """It is accepted, and the optimizer and the schedule can be built, or it is one sentence."""
+    monkeypatch.chdir(tmp_path)
+    small = ["model_config.preset=tiny", f"data_config.source={ROOT}/LICENSE"]
+    small += ["data_config.seqlen=16", "data_config.batch_size=2"]
+    before = copy.deepcopy(sections())
+    for value in VALUES:
+        for section, values in sections().items():
+            values.clear()
+            values.update(copy.deepcopy(before[section]))
+        try:
+            main.set_up([*small, f"{key}={value}"])
+        except ValueError as error:
+            assert "\n" not in str(error), value
+            continue
+        main.build_optimizer(torch.nn.Linear(2, 2), main.train_config["optimizer_config"])
+        main.collective_timeout()

@@ -1,7 +1,10 @@
 """FLOPs against torch's own counter, and what a run writes."""
 
 import dataclasses
+import functools
 import json
+import math
+import sys
 import time
 from types import MappingProxyType
 
@@ -15,6 +18,7 @@ from main import Batch
 from modeling_llama import LlamaForCausalLM
 from support.metrics import (
     MetricsWriter,
+    _write_trace,
     attention_area,
     peak_flops,
     plot,
@@ -87,6 +91,23 @@ def test_tensorboard_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkey
     write_run(tmp_path, 3)
     assert capsys.readouterr().out.count("warning") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_step_and_an_evaluation_without_labels_have_no_loss(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "BATCH", BATCH._replace(num_labels=0.0))
+    write_run(tmp_path, 1, loss=0.0, eval_losses={1: math.nan})
+    (record,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert record["loss"] is record["eval_loss"] is record["eval_perplexity"] is None
+    line = capsys.readouterr().out
+    assert "  loss: n/a (no label counts)  " in line
+    assert "  eval_loss: n/a (no label counts)  eval_perplexity: n/a" in line
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    path = str(tmp_path / "absent" / "trace.json.gz")
+    with torch.profiler.profile(on_trace_ready=functools.partial(_write_trace, path)):
+        pass
+    assert capsys.readouterr().out.startswith("warning: ")
 
 
 def test_the_log_line_has_a_fixed_order_and_units(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
@@ -12,6 +13,8 @@ import pytest
 import tokenizers
 import transformers
 from conftest import ROOT, environment, read_metrics, run, torchrun
+
+from support.process import ERROR_CODE
 
 # Three steps on English text, of a model that takes a moment.
 SHORT = [
@@ -139,7 +142,7 @@ def test_a_corpus_of_ones_own_from_the_tokenizer_to_text(tmp_path):
     own += ["train_config.train_iters=20", "train_config.eval_interval=10"]
     own += ["train_config.eval_iters=4", f"train_config.output_dir={tmp_path / 'run'}"]
     result = run("python", "main.py", *SHORT, *own, check=False)
-    assert result.returncode == 1
+    assert result.returncode == ERROR_CODE
     assert "has token ids up to 511, but the model's vocab_size is 288" in result.stderr
     assert "parameters:" not in result.stdout, "said before anything is built"
     result = run("python", "main.py", *SHORT, *own, "model_config.overrides.vocab_size=512")
@@ -200,19 +203,48 @@ def test_random_tokens_teach_nothing(tmp_path):
 
 
 def test_an_error_is_said_once_by_rank_0_and_ends_every_process():
-    result = torchrun(2, "main.py", *SHORT, "data_config.seqln=5", check=False)
-    assert result.returncode != 0
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert said == [
-        "error: unknown key 'data_config.seqln'; the nearest is 'data_config.seqlen'; see --help"
-    ]
+    result = run("bash", "run.sh", *SHORT, "data_config.seqln=5", check=False)
+    assert result.returncode == ERROR_CODE
+    assert result.stderr == (
+        "error: unknown key 'data_config.seqln'; the nearest is 'data_config.seqlen'; see --help\n"
+    )
     assert result.stdout == ""
+
+
+def test_a_crash_keeps_the_launcher_s_report(tmp_path):
+    (tmp_path / "tensorboard.py").write_text("raise RuntimeError('a crash')")
+    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    result = run(
+        "bash",
+        "run.sh",
+        *SHORT,
+        f"train_config.output_dir={tmp_path}/run",
+        check=False,
+        PYTHONPATH=path,
+    )
+    assert result.returncode == 1
+    assert "RuntimeError: a crash" in result.stderr and "Root Cause" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_node_that_waits_for_another(number, tmp_path):
+    waiting = subprocess.Popen(
+        ["bash", "run.sh", f"train_config.output_dir={tmp_path}"],
+        cwd=ROOT,
+        env=environment(NNODES="2", MASTER_PORT="29999"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stdout.readline() == "node 0 of 2: waits for the others at 127.0.0.1:29999\n"
+    waiting.send_signal(number)
+    assert waiting.communicate()[0] == "stopped before the processes were started\n"
+    assert waiting.returncode == 128 + signal.SIGTERM
 
 
 def test_a_compiler_that_is_missing_is_said_before_anything_is_built():
     compiles = [*SHORT, "train_config.compile=true"]
     result = run("python", "main.py", *compiles, check=False, CXX="no-such-compiler")
-    assert result.returncode == 1
+    assert result.returncode == ERROR_CODE
     assert "needs a compiler, and no-such-compiler is not in PATH" in result.stderr
     assert "set train_config.compile=false" in result.stderr
     assert result.stdout == ""

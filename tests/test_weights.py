@@ -14,6 +14,7 @@ from checkpoint.__main__ import export
 from configuration_llama import LlamaConfig
 from context_parallel.native import magi_attn_varlen_key
 from modeling_llama import LlamaForCausalLM
+from support.process import ERROR_CODE
 
 
 def hf_logits(folder, tokens):
@@ -81,7 +82,7 @@ def test_init_from_starts_with_the_weights_of_transformers(tied, start, tmp_path
         assert torch.equal(ours[name], weight), name
 
     refused = start(*arguments[:1], "model_config.overrides.intermediate_size=64")
-    assert refused.exit_codes() == [1]
+    assert refused.exit_codes() == [ERROR_CODE]
     assert "the shape of model.layers.0.mlp.down_proj.weight in its *.safetensors is" in (
         refused.said
     )

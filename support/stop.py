@@ -1,0 +1,78 @@
+"""Signals that ask a run to end: Ctrl-C (INT), TERM, USR1 and HUP.
+
+`main.py` calls `listen` before it imports torch, which takes seconds. So this module does not.
+"""
+
+import os
+import signal
+import threading
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # USR1: of schedulers
+received: list[int] = []
+deferred = threading.Event()
+
+
+def listen() -> None:
+    """Listens from now on: a signal ends this process at once, with exit code 0.
+
+    A thread listens, since the main thread may wait in C++ for other ranks. HUP stays ignored if
+    this process was started with nohup.
+    """
+    if signal.getsignal(signal.SIGTERM) is _noted:
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _noted)
+    os.register_at_fork(after_in_child=_end_as_usual)
+    threading.Thread(target=_react, args=(reader,), daemon=True).start()
+
+
+def defer() -> None:
+    """From now on the training loop asks `requested`, and saves before it ends the run."""
+    deferred.set()
+
+
+def requested() -> bool:
+    """Returns whether this process got a signal."""
+    return bool(received)
+
+
+def _noted(number: int, frame: object) -> None:
+    """Does nothing: Python has written the signal's number to the pipe."""
+
+
+def _react(reader: int) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in SIGNALS:
+                received.append(number)
+                _answer(number)
+
+
+def _answer(number: int) -> None:
+    if not deferred.is_set():
+        _say("stopped before training began")
+        os._exit(0)
+    if number == signal.SIGINT:
+        if received.count(number) > 1:
+            _say("stopped without saving")
+            os._exit(128 + number)
+        _say("stopping after this step; Ctrl-C again to leave without saving")
+
+
+def _say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(f"{message}\n", end="", flush=True)
+        except OSError:
+            pass
+
+
+def _end_as_usual() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        if signal.getsignal(number) is _noted:
+            signal.signal(number, signal.SIG_DFL)
