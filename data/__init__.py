@@ -21,6 +21,10 @@ IGNORED_LABEL = -100
 WINDOW_ROWS = 2**20  # rows that are shuffled together; a long epoch has several windows
 
 
+class DataError(ValueError):
+    """A batch cannot be read, since the corpus is damaged."""
+
+
 @dataclass
 class Rows:
     """Some rows of a global batch.
@@ -58,7 +62,7 @@ class TokenSource:
     def rows(self, first_row: int, num_rows: int, seqlen: int) -> Rows:
         """Returns the rows first_row to first_row + num_rows - 1 of the run.
 
-        Raises ValueError if a token id is outside the corpus's vocabulary.
+        Raises DataError if a token id is outside the corpus's vocabulary.
         """
         tokens = np.empty((num_rows, seqlen), dtype=np.int64)
         labels = np.full((num_rows, seqlen), IGNORED_LABEL, dtype=np.int64)
@@ -78,7 +82,7 @@ class TokenSource:
                 document_lengths.append(length)
                 filled += length
         if max(tokens.max(), labels.max()) >= self.corpus.vocab_size:
-            raise ValueError(
+            raise DataError(
                 f"{self.description}: token id {max(tokens.max(), labels.max())} is larger than "
                 f"{self.corpus.vocab_size - 1}, so the files are damaged; create them again"
             )
@@ -215,6 +219,11 @@ def open_source(
             f"{key}={name!r} has {num_tokens:,} tokens for {split}, but {batches} x batch_size "
             f"{batch_size} x seqlen {seqlen} = {needed:,} are needed; give a larger corpus, or "
             f"lower one of these numbers"
+        )
+    if lengths.max() < 2:
+        raise ValueError(
+            f"{key}={name!r} has no label for {split}: each of its {len(starts):,} documents "
+            f"has only one token; give another corpus"
         )
     description = f"{name}, {len(starts):,} documents, {num_tokens:,} tokens{corpus.note}"
     return TokenSource(corpus, starts, lengths, 0 if split == "validation" else seed, description)

@@ -4,6 +4,7 @@ The tokens of text are its UTF-8 bytes, 0 to 255; token 256 ends each document. 
 `python -m data prepare` and the token files of nanoGPT and llm.c are memory-mapped.
 """
 
+import codecs
 import functools
 import glob
 import hashlib
@@ -21,6 +22,10 @@ CHECKED_BYTES = 2**28  # the checksums of files up to this size are compared at 
 # LLM_C_DTYPES, and the third is the number of tokens.
 LLM_C_HEADER_BYTES = 1024
 LLM_C_DTYPES = {20240520: "uint16", 20240801: "uint32"}
+
+JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
+DOCUMENT_FILES = (*JSON_LINES, ".json", ".parquet")  # files of several documents, for `prepare`
+OTHER_FILES = (".arrow", ".csv", ".npy", ".tar", ".tsv", ".warc")  # neither text nor readable
 
 
 @dataclass(eq=False)
@@ -54,19 +59,34 @@ class Corpus:
 def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int) -> Corpus:
     """Opens a corpus. key: the config key of `name`. The others are also keys of `data_config`."""
     folder = os.path.expanduser(name)
-    if os.path.isdir(folder) and {"meta.json", "tokens.bin"} & set(os.listdir(folder)):
+    if any(os.path.exists(os.path.join(folder, file)) for file in ("meta.json", "tokens.bin")):
         return read_prepared(folder, CHECKED_BYTES)
-    skip_undecodable |= name == "python-stdlib"  # some files of Python's tests are not UTF-8
+    is_stdlib = name == "python-stdlib"
     paths = find_files(key, name)
-    if all(path.endswith(".bin") for path in paths):
+    for path in paths:
+        if extension(path) in DOCUMENT_FILES + OTHER_FILES or is_compressed(path):
+            raise ValueError(
+                f"{key}={name!r}: {path} is neither text nor a .bin file of tokens; tokenize "
+                f".json, .jsonl, .parquet and compressed files with `python -m data prepare`, and "
+                f"convert other kinds to one of these"
+            )
+    others = [path for path in paths if extension(path) != ".bin"]
+    if not others:
         return _read_token_files(paths, end_of_text_id)
+    if len(others) < len(paths):
+        raise ValueError(
+            f"{key}={name!r} mixes {len(paths) - len(others)} .bin files with {len(others)} "
+            f"others ({shortened(others)}); give a glob of one kind, such as 'folder/*.bin'"
+        )
     documents, skipped = [], []
     for path in paths:
-        document = read_text(path, skip_undecodable)
+        # Some files of Python's tests are not UTF-8.
+        document = read_text(path, skip_undecodable or is_stdlib)
         if document is None:
-            skipped.append(os.path.basename(path))
+            skipped.append(path)
         else:
-            documents.append(document)
+            # Runs on python-stdlib have trained on its few byte-order marks, and must resume.
+            documents.append(document if is_stdlib else document.removeprefix(codecs.BOM_UTF8))
     if not any(documents):
         raise ValueError(
             f"{key}={name!r} has no text ({len(documents)} of its {len(paths)} files are empty, "
@@ -79,8 +99,7 @@ def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int
     tokens[starts[1:] - 1] = END_OF_DOCUMENT
     note = ""
     if skipped:
-        names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        note = f", without {len(skipped)} files that are not UTF-8: {names}"
+        note = f", without {len(skipped)} files that are not UTF-8: {shortened(skipped)}"
     return Corpus([tokens], starts, END_OF_DOCUMENT + 1, "bytes", note)
 
 
@@ -91,7 +110,7 @@ def read_text(path: str, skip_undecodable: bool) -> bytes | None:
             text = file.read()
         text.decode("utf-8")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable") from None
+        raise _unreadable(error) from None
     except UnicodeDecodeError as error:
         if skip_undecodable:
             return None
@@ -102,6 +121,10 @@ def read_text(path: str, skip_undecodable: bool) -> bytes | None:
     return text
 
 
+def _unreadable(error: OSError) -> ValueError:
+    return ValueError(f"{error.filename} cannot be read ({error.strerror}); make it readable")
+
+
 def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
     """Memory-maps token files of nanoGPT (uint16, no header) or llm.c.
 
@@ -109,8 +132,16 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
     """
     files, starts, largest, base = [], [np.zeros(1, dtype=np.int64)], 0, 0
     for path in paths:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype=np.int32, count=LLM_C_HEADER_BYTES // 4)
+        try:
+            size = os.path.getsize(path)
+            header = np.fromfile(path, dtype=np.int32, count=LLM_C_HEADER_BYTES // 4)
+        except OSError as error:
+            raise _unreadable(error) from None
+        if os.path.exists(os.path.splitext(path)[0] + ".idx"):
+            raise ValueError(
+                f"{path} has an .idx file beside it, as Megatron writes, but .bin files must be "
+                f"nanoGPT's or llm.c's; give its text to `python -m data prepare`"
+            )
         is_llm_c = len(header) == LLM_C_HEADER_BYTES // 4 and header[0] in LLM_C_DTYPES
         dtype = np.dtype(LLM_C_DTYPES[header[0]] if is_llm_c else "uint16")
         offset = LLM_C_HEADER_BYTES if is_llm_c else 0
@@ -121,6 +152,13 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
                 f"{path} has {size:,} bytes, but must hold {content} as {dtype}; create it again"
             )
         tokens = np.asarray(np.memmap(path, dtype, mode="r", offset=offset))
+        # In 32-bit tokens, the high halves are all small. The low halves are not.
+        low, high = tokens[: 2**24 : 2], tokens[1 : 2**24 : 2]
+        if not is_llm_c and num_tokens % 2 == 0 and high.max() < 16 <= low.max():
+            raise ValueError(
+                f"{path} looks like tokens of 32 bits, but without llm.c's header they must be "
+                f"uint16; add the header, or give the text to `python -m data prepare`"
+            )
         for first in range(0, num_tokens, 2**24):
             block = tokens[first : first + 2**24]
             starts.append(np.flatnonzero(block == end_of_text_id) + base + first + 1)
@@ -186,9 +224,26 @@ def sha256(path: str) -> str:
     return digest.hexdigest()
 
 
+def extension(path: str) -> str:
+    """Returns the file's extension in lower case, and not the one of compression."""
+    path = path.lower()
+    return os.path.splitext(os.path.splitext(path)[0] if is_compressed(path) else path)[1]
+
+
+def is_compressed(path: str) -> bool:
+    return path.lower().endswith((".gz", ".zst"))
+
+
+def shortened(paths: list[str]) -> str:
+    """Returns the names of the first five files."""
+    names = ", ".join(os.path.basename(path) for path in paths[:5])
+    return names + (", ..." if len(paths) > 5 else "")
+
+
 def find_files(key: str, name: str) -> list[str]:
-    """Returns the files of a path, folder (all files below it), glob or `python-stdlib`, in a fixed
-    order. key: the config key of `name`. Raises ValueError if there are none.
+    """Returns the files of a path, folder, glob or `python-stdlib`, in a fixed order.
+
+    key: the config key of `name`. Raises ValueError if there are none.
     """
     if name == "python-stdlib":
         stdlib = _files_below(sysconfig.get_path("stdlib"), ("site-packages", "dist-packages"))
@@ -209,8 +264,28 @@ def find_files(key: str, name: str) -> list[str]:
 
 
 def _files_below(root: str, excluded: tuple[str, ...] = ()) -> list[str]:
-    paths = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in excluded]
-        paths += [os.path.join(folder, name) for name in names]
+    """Returns all files below a folder, also those of linked folders, each folder's once.
+
+    It leaves out hidden files, as a glob does, and the dataset cards of the hub's repositories.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error)
+
+    paths, visited = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:  # links may form a cycle
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(  # which of two links is followed must not depend on the disk
+            name for name in subfolders if name not in excluded and not name.startswith(".")
+        )
+        card = "README.md" if ".gitattributes" in names else None
+        paths += [
+            os.path.join(folder, name)
+            for name in names
+            if name != card and not name.startswith(".")
+        ]
     return sorted(paths)

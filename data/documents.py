@@ -1,19 +1,43 @@
 """Reads the documents of text, JSON and parquet files, one part of a file at a time.
 
-A bad document raises ValueError with its file and its line, element or row.
+A bad document raises ValueError with its file and its line, element or row, or is left out.
 """
 
-import contextlib
+import codecs
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .corpus import read_text
+from .corpus import JSON_LINES, extension, is_compressed, read_text
 
 PIECE_BYTES = 2**22  # size of a piece, the text that a process gets at a time
 BATCH_ROWS = 64  # parquet rows that are read at a time
+LARGEST_READ = 2**31  # bytes of a text file, a .json file or a line, which are read whole
+
+
+class BadDocument(ValueError):
+    """Its arguments: the kind of the fault, to count such documents, and the reason."""
+
+
+def unpack(path: str, folder: str) -> str:
+    """Returns the path, or for a compressed file the path of its content, written below folder."""
+    if not is_compressed(path):
+        return path
+    import pyarrow
+
+    content = folder + os.path.abspath(path)
+    os.makedirs(os.path.dirname(content), exist_ok=True)
+    compression = "gzip" if path.lower().endswith(".gz") else "zstd"
+    try:
+        with pyarrow.input_stream(path, compression=compression) as packed:
+            with open(content, "wb") as file:
+                shutil.copyfileobj(packed, file, 2**20)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}); replace it") from None
+    return content
 
 
 def cut(files: list[str], field: str) -> Iterator[list[tuple[str, int, int]]]:
@@ -23,9 +47,9 @@ def cut(files: list[str], field: str) -> Iterator[list[tuple[str, int, int]]]:
     piece, piece_bytes = [], 0
     for path in files:
         size = os.path.getsize(path)
-        if path.endswith(".parquet"):
+        if extension(path) == ".parquet":
             parts = _row_groups(path, field)
-        elif path.endswith(".jsonl"):
+        elif extension(path) in JSON_LINES:
             begins = range(0, size, PIECE_BYTES)
             parts = [(begin, begin + PIECE_BYTES, min(size, PIECE_BYTES)) for begin in begins]
         else:
@@ -55,29 +79,41 @@ def _row_groups(path: str, field: str) -> list[tuple[int, int, int]]:
 
 
 def read_texts(
-    path: str, begin: int, end: int, field: str, skip_undecodable: bool
+    path: str, begin: int, end: int, field: str, left_out: list[str] | None
 ) -> Iterator[str]:
-    """Yields the texts of a part of a file. Raises ValueError with the place of a bad document."""
-    if path.endswith(".parquet"):
-        yield from _read_parquet(path, begin, end, field)
-    elif path.endswith(".jsonl"):
-        yield from _read_lines(path, begin, end, field)
-    elif (text := read_text(path, skip_undecodable)) is None:
+    """Yields the texts of a part of a file.
+
+    left_out: gets the kind of fault of each document that is empty or bad. If it is None, a bad
+    document raises ValueError with its place.
+    """
+    if extension(path) == ".parquet":
+        yield from _read_parquet(path, begin, end, field, left_out)
+    elif extension(path) in JSON_LINES:
+        yield from _read_lines(path, begin, end, field, left_out)
+    elif end > LARGEST_READ:
+        raise ValueError(f"{path} has {end:,} bytes, but may have {LARGEST_READ:,}; cut it")
+    elif (content := read_text(path, left_out is not None)) is None:
         print(f"warning: {path} is not UTF-8 and skipped", file=sys.stderr)
-    elif not path.endswith(".json"):
-        yield text.decode()
-    elif not text.lstrip().startswith(b"["):
-        yield from _read_lines(path, begin, end, field)
+        left_out.append("not UTF-8")
+    elif extension(path) != ".json":
+        yield from checked(content.removeprefix(codecs.BOM_UTF8).decode, lambda: path, left_out)
+    elif not (content := content.removeprefix(codecs.BOM_UTF8)).lstrip().startswith(b"["):
+        yield from _read_lines(path, begin, end, field, left_out)
     else:
-        with located(lambda: path):
-            documents = json.loads(text)
-        for i, document in enumerate(documents):
-            with located(lambda: f"{path}, element {i + 1}"):  # noqa: B023  called at once
-                document = text_of(document, field)
-            yield document
+        documents = checked(lambda: json.loads(content), lambda: path, left_out)
+        if not documents:
+            print(f"warning: {path} is {left_out[-1]} and skipped", file=sys.stderr)
+        for i, document in enumerate(documents[0] if documents else []):
+            yield from checked(
+                lambda: text_of(document, field),  # noqa: B023  called at once
+                lambda: f"{path}, element {i + 1}",  # noqa: B023
+                left_out,
+            )
 
 
-def _read_lines(path: str, begin: int, end: int, field: str) -> Iterator[str]:
+def _read_lines(
+    path: str, begin: int, end: int, field: str, left_out: list[str] | None
+) -> Iterator[str]:
     """Yields the texts of the JSON lines that begin at one of the bytes begin to end - 1."""
 
     def where() -> str:
@@ -92,14 +128,20 @@ def _read_lines(path: str, begin: int, end: int, field: str) -> Iterator[str]:
         if begin > 0:
             file.seek(begin - 1)
             file.readline()
-        while (position := file.tell()) < end and (line := file.readline()):
-            if not line.isspace():
-                with located(where):
-                    text = text_of(json.loads(line.decode().strip()), field)
-                yield text
+        while (position := file.tell()) < end and (line := file.readline(LARGEST_READ + 1)):
+            if len(line) > LARGEST_READ:
+                raise ValueError(f"{where()}: a line may have {LARGEST_READ:,} bytes; cut it")
+            if line := line.removeprefix(codecs.BOM_UTF8).strip():
+                yield from checked(
+                    lambda: text_of(json.loads(line.decode()), field),  # noqa: B023  called at once
+                    where,
+                    left_out,
+                )
 
 
-def _read_parquet(path: str, begin: int, end: int, field: str) -> Iterator[str]:
+def _read_parquet(
+    path: str, begin: int, end: int, field: str, left_out: list[str] | None
+) -> Iterator[str]:
     """Yields the texts of the row groups begin to end - 1."""
     import pyarrow.parquet
 
@@ -108,36 +150,60 @@ def _read_parquet(path: str, begin: int, end: int, field: str) -> Iterator[str]:
         for batch in file.iter_batches(BATCH_ROWS, list(range(begin, end)), [field]):
             for value in batch.column(0):
                 row += 1
-                with located(lambda: f"{path}, row {row}"):  # noqa: B023  called at once
-                    text = text_of({field: value.as_py()}, field)
-                yield text
+                yield from checked(
+                    lambda: text_of({field: value.as_py()}, field),  # noqa: B023  called at once
+                    lambda: f"{path}, row {row}",  # noqa: B023
+                    left_out,
+                )
 
 
-@contextlib.contextmanager
-def located(where: Callable[[], str]) -> Iterator[None]:
-    """Adds the place to the message of a ValueError that the `with` block raises."""
+def checked(
+    load: Callable[[], Any], where: Callable[[], str], left_out: list[str] | None
+) -> list[Any]:
+    """Returns what `load` returns in a list, or [] if it is left out.
+
+    where: returns the place, for the message. left_out: see `read_texts`.
+    """
     try:
-        yield
+        loaded = load()
+        if loaded != "" or left_out is None:
+            return [loaded]
+        kind = "empty"
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        reason = f"invalid JSON ({error.msg} at {line}column {error.colno}); correct it"
-        raise ValueError(f"{where()}: {reason}") from None
+        kind, reason = "invalid JSON", f"invalid JSON ({error.msg} at {line}column {error.colno})"
+    except RecursionError:
+        kind = reason = "JSON nested too deeply"
     except UnicodeError as error:
-        raise ValueError(f"{where()}: not UTF-8 ({error.reason}); correct it") from None
-    except ValueError as error:
-        raise ValueError(f"{where()}: {error}") from None
+        kind, reason = "not UTF-8", f"not UTF-8 ({error.reason})"
+    except BadDocument as error:
+        kind, reason = error.args
+    except ValueError as error:  # such as a number of too many digits
+        kind, reason = "invalid JSON", f"invalid JSON ({error})"
+    if left_out is None:
+        raise ValueError(
+            f"{where()}: {reason}; correct it, or leave out such documents with --skip-undecodable"
+        )
+    left_out.append(kind)
+    return []
 
 
 def text_of(document: Any, field: str) -> str:
-    """Returns the document's text. Raises ValueError, without the place, if it has none."""
+    """Returns the document's text. Raises BadDocument or UnicodeError if it has none."""
     if not isinstance(document, dict):
-        raise ValueError(f"it is a {type(document).__name__}, not an object with a field {field!r}")
+        kind = type(document).__name__
+        raise BadDocument("not an object", f"it is a {kind}, not an object with a field {field!r}")
     if field not in document:
         fields = ", ".join(document) or "none"
-        raise ValueError(f"it has no field {field!r}; choose --field from its fields: {fields}")
+        raise BadDocument(
+            f"without field {field!r}", f"--field {field!r} is not one of its fields ({fields})"
+        )
     text = document[field]
+    if text is None:
+        raise BadDocument("null", f"field {field!r} is null, not a string")
     if not isinstance(text, str):
-        raise ValueError(f"field {field!r} is of type {type(text).__name__}; it must be a string")
+        kind = type(text).__name__
+        raise BadDocument("not a string", f"field {field!r} is of type {kind}, not a string")
     text.encode()  # raises UnicodeError for half a surrogate pair, which JSON allows
     return text
 

@@ -3,18 +3,20 @@
     python -m data prepare 'books/*.txt' more.jsonl --tokenizer T --output DIR
 
 An INPUT is a text file (one document), a .jsonl or .json file (a document per line, or a list of
-documents), a .parquet file (a document per row), a folder or a glob of such files, `python-stdlib`,
-or the split `train` of a Hugging Face dataset, OWNER/NAME or OWNER/NAME:CONFIG. Files come before
-datasets, in the given order.
+documents), a .parquet file (a document per row), one of these with .gz or .zst, a folder or a glob
+of such files, `python-stdlib`, or the split `train` of a Hugging Face dataset, OWNER/NAME or
+OWNER/NAME:CONFIG. Files come before datasets, in the given order.
 
 T is `bytes`, a tokenizer.json, or a folder or hub name for transformers.AutoTokenizer. Each
 document ends with the end-of-text token. Special tokens inside a text are encoded as text.
 
 DIR then holds tokens.bin, offsets.bin, meta.json and, except for `bytes`, the tokenizer. Its name
-is DIR.partial until it is complete. The next run removes an interrupted run's DIR.partial.
+is DIR.partial until it is complete. The next run empties an interrupted run's DIR.partial.
 """
 
 import argparse
+import collections
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -26,14 +28,27 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from .corpus import END_OF_DOCUMENT, find_files, read_prepared, sha256, token_dtype
-from .documents import check_columns, cut, located, read_texts, text_of
+from .corpus import (
+    DOCUMENT_FILES,
+    END_OF_DOCUMENT,
+    OTHER_FILES,
+    extension,
+    find_files,
+    read_prepared,
+    read_text,
+    sha256,
+    shortened,
+    token_dtype,
+)
+from .documents import check_columns, checked, cut, read_texts, text_of, unpack
 
 ENCODED_DOCUMENTS = 64  # documents per call of the tokenizer
+DECODED_CHARACTERS = 2**14  # of one document per call, to see whether the tokenizer changes text
+WRITTEN = {"cache", "lock", "meta.json", "offsets.bin", "tokenizer", "tokens.bin"}
 
 
 class Encoder:
@@ -43,11 +58,12 @@ class Encoder:
     `bytes` for bytes.
     """
 
-    def __init__(self, name: str, end_of_text: str | None) -> None:
-        """name: --tokenizer. end_of_text: --end-of-text; None for the tokenizer's own. Raises
-        ValueError if the tokenizer cannot be loaded or has no such token.
+    def __init__(self, name: str, end_of_text: str | None, allow_lossy: bool) -> None:
+        """name: --tokenizer. end_of_text: --end-of-text; None for the tokenizer's own.
+        allow_lossy: accept a tokenizer that changes text. Raises ValueError if the tokenizer cannot
+        be loaded or has no such token.
         """
-        self.name, self.tokenizer = name, None
+        self.name, self.allow_lossy, self.tokenizer = name, allow_lossy, None
         if name == "bytes":
             self.end_of_text_id, self.sha256 = END_OF_DOCUMENT, "bytes"
             self.vocab_size = END_OF_DOCUMENT + 1
@@ -58,9 +74,14 @@ class Encoder:
             if name.endswith(".json"):
                 self.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=name)
             else:
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    name,
+                    trust_remote_code=False,  # the default asks the user
+                )
         except Exception as error:  # of many types: the file is missing, damaged or not a tokenizer
             reason = str(error).strip().split("\n")[0]
+            if "trust_remote_code" in reason:
+                reason = "it needs code of its own, which never runs; give a tokenizer.json"
             raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
         vocabulary = self.tokenizer.get_vocab()
         if end_of_text is None:
@@ -78,17 +99,15 @@ class Encoder:
         self.sha256 = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> dict[str, list]:
-        """Returns `tokens`, an array per text, and `num_bytes`, each text's size in UTF-8."""
+        """Returns `tokens`, an array per text, `num_bytes`, each text's size in UTF-8, and
+        `left_out`, None.
+        """
         if self.tokenizer is None:
             ids = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         else:
-            ids = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=True,  # special tokens inside a text are text
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
+            ids = self._ids(texts)
+            if not self.allow_lossy:
+                self._check_decoded(texts[0][:DECODED_CHARACTERS])
         tokens = [np.append(np.asarray(i, dtype=np.int64), self.end_of_text_id) for i in ids]
         largest = max(document.max() for document in tokens)
         if largest >= self.vocab_size:
@@ -100,7 +119,28 @@ class Encoder:
         return {
             "tokens": [document.astype(dtype) for document in tokens],
             "num_bytes": [len(text.encode()) for text in texts],
+            "left_out": [None] * len(texts),
         }
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,  # special tokens inside a text are text
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+
+    def _check_decoded(self, text: str) -> None:
+        """Raises ValueError if the text's tokens are decoded to another text."""
+        decoded = self.tokenizer.decode(self._ids([text])[0], clean_up_tokenization_spaces=False)
+        if decoded != text:
+            begin = max(0, len(os.path.commonprefix([text, decoded])) - 20)
+            raise ValueError(
+                f"--tokenizer {self.name} changes text: {text[begin : begin + 40]!r} becomes "
+                f"{decoded[begin : begin + 40]!r}; use another, or accept the loss with "
+                f"--allow-lossy-tokenizer"
+            )
 
 
 def prepare(
@@ -110,6 +150,7 @@ def prepare(
     field: str,
     end_of_text: str | None,
     skip_undecodable: bool,
+    allow_lossy_tokenizer: bool,
     processes: int,
 ) -> None:
     """Tokenizes `inputs` into the folder `output`; the arguments are those of the command line.
@@ -119,8 +160,7 @@ def prepare(
     output = os.path.abspath(output)
     if processes < 1:
         raise ValueError(f"--processes {processes} must be at least 1")
-    if os.path.exists(output):
-        raise ValueError(f"--output {output} already exists; remove it or give another")
+    _check_absent(output)
     try:
         import datasets  # noqa: F401
         import transformers  # noqa: F401
@@ -128,33 +168,25 @@ def prepare(
         raise ValueError(f"{error}; to prepare, `pip install datasets transformers`") from None
     # A tokenizer that has used threads warns when the workers are forked.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoder = Encoder(tokenizer, end_of_text)
+    encoder = Encoder(tokenizer, end_of_text, allow_lossy_tokenizer)
     files, hub_names = _find_inputs(inputs)
-    skip_undecodable |= "python-stdlib" in inputs  # some files of Python's tests are not UTF-8
 
     partial = f"{output}.partial"
-    os.makedirs(partial, exist_ok=True)
-    lock = open(os.path.join(partial, "lock"), "w")
+    cache = os.path.join(partial, "cache")
+    lock = _lock(partial)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
-    except OSError:
-        raise ValueError(f"another process writes {partial}; give another --output") from None
-    try:
-        for entry in os.scandir(partial):
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                os.remove(entry)
+        _check_absent(output)  # another process may have completed it
+        _empty(partial)
         start = time.perf_counter()
-        parts = [_open_files(files, field, skip_undecodable)] if files else []
-        parts += [_open_hub(name, field) for name in hub_names]
-        cache = os.path.join(partial, "cache")
         os.mkdir(cache)
+        files = [unpack(path, cache) for path in files]
+        parts = [_open_files(files, field, skip_undecodable)] if files else []
+        parts += [_open_hub(name, field, skip_undecodable) for name in hub_names]
         parts = [
             _tokenize(dataset, read, encoder, os.path.join(cache, f"{i}.arrow"), processes)
             for i, (dataset, read) in enumerate(parts)
         ]
-        num_documents, num_tokens, num_bytes = _write_tokens(partial, parts)
+        num_documents, num_tokens, num_bytes, left_out = _write_tokens(partial, parts)
         if num_bytes == 0:
             raise ValueError(f"the INPUTs {', '.join(inputs)} have no text; give other files")
         shutil.rmtree(cache)
@@ -176,32 +208,109 @@ def prepare(
         for folder, _, names in os.walk(partial):
             for name in {*names, "."} - {"lock"}:  # closing it would release the lock
                 _fsync(os.path.join(folder, name))
-        os.remove(lock.name)
-        os.rename(partial, output)
-        _fsync(os.path.dirname(output))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.rename(partial, output)  # with the lock, so that no other process can empty it before
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # what cannot be removed is the next run's to empty
+            if _is_at_its_path(lock):
+                _empty(partial)
+                os.remove(lock.name)
+                os.rmdir(partial)
+        if isinstance(error, ValueError) and cache in str(error):
+            # An unpacked file has the path of the compressed one, below the cache.
+            raise ValueError(str(error).replace(cache, "")) from None
         raise
     finally:
         lock.close()
+    os.remove(os.path.join(output, "lock"))
+    _fsync(output)
+    _fsync(os.path.dirname(output))
     seconds = time.perf_counter() - start
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
     print(
         f"{output}: {num_documents:,} documents, {num_tokens:,} tokens, "
         f"{num_bytes / num_tokens:.2f} bytes per token, {num_tokens / seconds:,.0f} tokens/s"
+        + (f"; left out: {kinds}" if kinds else "")
     )
+
+
+def _check_absent(output: str) -> None:
+    if os.path.lexists(output):
+        raise ValueError(f"--output {output} already exists; remove it or give another")
+
+
+def _lock(partial: str) -> TextIO:
+    """Returns the locked file `lock` of the folder `partial`, which it creates or finds.
+
+    Raises ValueError if another process has the lock, or if `prepare` did not make the folder.
+    """
+    path = os.path.join(partial, "lock")
+    os.makedirs(os.path.dirname(partial), exist_ok=True)
+    try:
+        os.mkdir(partial)
+    except FileExistsError:
+        is_folder = os.path.isdir(partial) and not os.path.islink(partial)
+        names = set(os.listdir(partial)) if is_folder else set()
+        if "lock" not in names or not names <= WRITTEN or os.path.islink(path):
+            raise ValueError(
+                f"{partial} is not a folder that an interrupted `prepare` left; move it, or give "
+                f"another --output"
+            ) from None
+    lock = open(path, "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
+        locked = _is_at_its_path(lock)
+    except OSError:
+        locked = False
+    if not locked:
+        lock.close()
+        raise ValueError(f"another process writes {partial}; give another --output")
+    return lock
+
+
+def _is_at_its_path(lock: TextIO) -> bool:
+    """Returns False once another process has renamed or removed the file that was opened."""
+    return os.path.exists(lock.name) and os.path.samestat(
+        os.fstat(lock.fileno()), os.stat(lock.name)
+    )
+
+
+def _empty(partial: str) -> None:
+    """Removes all except the lock."""
+    for entry in os.scandir(partial):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            os.remove(entry)
 
 
 def _find_inputs(inputs: list[str]) -> tuple[list[str], list[str]]:
     """Returns the files, and the names of Hugging Face datasets."""
     files, hub_names = [], []
     for name in inputs:
-        try:
-            found = find_files("INPUT", name)
-        except ValueError:
-            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name):
-                raise
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name) and not os.path.lexists(name):
             hub_names.append(name)
             continue
+        found = find_files("INPUT", name)
+        taken = found
+        if name == "python-stdlib":  # some files of Python's tests are not UTF-8
+            taken = [path for path in found if read_text(path, skip_undecodable=True) is not None]
+        elif os.path.isdir(os.path.expanduser(name)):
+            taken = [path for path in found if extension(path) in DOCUMENT_FILES] or found
+        if len(taken) < len(found):
+            kinds = ", ".join(sorted({extension(path) for path in taken}))
+            others = sorted(set(found) - set(taken))
+            print(
+                f"warning: INPUT={name!r} gives its {len(taken)} files of {kinds}, without "
+                f"{len(others)} others: {shortened(others)}",
+                file=sys.stderr,
+            )
+            found = taken
+        for path in found:
+            if extension(path) in (*OTHER_FILES, ".bin"):
+                raise ValueError(
+                    f"{path} is neither text nor one of {', '.join(DOCUMENT_FILES)}; convert it, "
+                    f"or choose other files with a glob"
+                )
         if not any(os.path.getsize(path) for path in found):
             raise ValueError(f"INPUT={name!r} has only empty files ({len(found)}); give others")
         files += found
@@ -209,19 +318,23 @@ def _find_inputs(inputs: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _open_files(files: list[str], field: str, skip_undecodable: bool) -> tuple[Any, Callable]:
-    """Returns a dataset of the files' pieces, and a function that yields the texts of a batch."""
+    """Returns a dataset of the files' pieces, and a function that yields the texts of a batch. The
+    function appends the kinds of the documents that it leaves out to a list.
+    """
     import datasets
 
-    def read(batch: dict[str, list[str]]) -> Iterator[str]:
+    def read(batch: dict[str, list[str]], left_out: list[str]) -> Iterator[str]:
         for piece in batch["piece"]:
             for path, begin, end in json.loads(piece):
-                yield from read_texts(path, begin, end, field, skip_undecodable)
+                yield from read_texts(
+                    path, begin, end, field, left_out if skip_undecodable else None
+                )
 
     pieces = [json.dumps(piece) for piece in cut(files, field)]
     return datasets.Dataset.from_dict({"piece": pieces}), read
 
 
-def _open_hub(name: str, field: str) -> tuple[Any, Callable]:
+def _open_hub(name: str, field: str, skip_undecodable: bool) -> tuple[Any, Callable]:
     """Returns the same for a Hugging Face dataset. `datasets` downloads it into its cache."""
     import datasets
 
@@ -233,34 +346,40 @@ def _open_hub(name: str, field: str) -> tuple[Any, Callable]:
         raise ValueError(f"INPUT={name!r} is neither a file nor a dataset: {reason}") from None
     check_columns(dataset.column_names, name, field)
 
-    def read(batch: dict[str, list]) -> Iterator[str]:
+    def read(batch: dict[str, list], left_out: list[str]) -> Iterator[str]:
         for text in batch[field]:
-            with located(lambda: name):
-                text = text_of({field: text}, field)
-            yield text
+            yield from checked(
+                lambda: text_of({field: text}, field),  # noqa: B023  called at once
+                lambda: name,
+                left_out if skip_undecodable else None,
+            )
 
     return dataset.select_columns([field]), read
 
 
 def _tokenize(dataset: Any, read: Callable, encoder: Encoder, path: str, processes: int) -> Any:
     """Returns a dataset, stored at path: a row per document, with the columns of `Encoder.encode`.
+    The row of a document that is left out has its kind of fault, and no tokens.
 
     read: yields the texts of a batch of `dataset`.
     """
     import datasets
 
-    parent = os.getpid()
+    parent, dtype = os.getpid(), token_dtype(encoder.vocab_size)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded, texts = {"tokens": [], "num_bytes": []}, read(batch)
+        encoded, left_out = {"tokens": [], "num_bytes": [], "left_out": []}, []
+        texts = read(batch, left_out)
         while chunk := list(itertools.islice(texts, ENCODED_DOCUMENTS)):
             if parent not in (os.getpid(), os.getppid()):
                 os._exit(1)  # the parent was killed
             for column, values in encoder.encode(chunk).items():
                 encoded[column] += values
+        encoded["tokens"] += [np.empty(0, dtype)] * len(left_out)
+        encoded["num_bytes"] += [0] * len(left_out)
+        encoded["left_out"] += left_out
         return encoded
 
-    token = datasets.Value(str(token_dtype(encoder.vocab_size)))
     processes = min(processes, len(dataset))
     return dataset.map(
         encode,
@@ -268,7 +387,11 @@ def _tokenize(dataset: Any, read: Callable, encoder: Encoder, path: str, process
         batch_size=1 if dataset.column_names == ["piece"] else ENCODED_DOCUMENTS,
         remove_columns=dataset.column_names,
         features=datasets.Features(
-            {"tokens": datasets.Sequence(token), "num_bytes": datasets.Value("int64")}
+            {
+                "tokens": datasets.Sequence(datasets.Value(str(dtype))),
+                "num_bytes": datasets.Value("int64"),
+                "left_out": datasets.Value("string"),
+            }
         ),
         cache_file_name=path,
         load_from_cache_file=False,
@@ -278,9 +401,12 @@ def _tokenize(dataset: Any, read: Callable, encoder: Encoder, path: str, process
     )
 
 
-def _write_tokens(folder: str, parts: list[Any]) -> tuple[int, int, int]:
-    """Writes tokens.bin and offsets.bin. Returns the number of documents, tokens and text bytes."""
+def _write_tokens(folder: str, parts: list[Any]) -> tuple[int, int, int, collections.Counter]:
+    """Writes tokens.bin and offsets.bin. Returns the number of documents, tokens and text bytes,
+    and of the documents that are left out, by kind.
+    """
     num_documents = num_tokens = num_bytes = 0
+    left_out = collections.Counter()
     with (
         open(os.path.join(folder, "tokens.bin"), "wb") as tokens,
         open(os.path.join(folder, "offsets.bin"), "wb") as offsets,
@@ -288,14 +414,16 @@ def _write_tokens(folder: str, parts: list[Any]) -> tuple[int, int, int]:
         offsets.write(np.zeros(1, dtype=np.int64).tobytes())
         for part in parts:
             for table in part.with_format("arrow").iter(batch_size=1000):
+                left_out.update(table["left_out"].drop_null().to_pylist())
+                table = table.filter(table["left_out"].is_null())
                 for documents in table["tokens"].chunks:
                     ends = num_tokens + np.cumsum(documents.value_lengths().to_numpy())
                     offsets.write(ends.astype(np.int64).tobytes())
                     tokens.write(documents.flatten().to_numpy().tobytes())
-                    num_tokens = int(ends[-1])
+                    num_tokens += len(documents.flatten())
                 num_documents += len(table)
                 num_bytes += sum(table["num_bytes"].to_pylist())
-    return num_documents, num_tokens, num_bytes
+    return num_documents, num_tokens, num_bytes, left_out
 
 
 def _fsync(path: str) -> None:
@@ -320,7 +448,12 @@ def main(arguments: list[str]) -> None:
         "--end-of-text", metavar="TOKEN", help="last token of a document (default: T's eos_token)"
     )
     command.add_argument(
-        "--skip-undecodable", action="store_true", help="skip text files that are not UTF-8"
+        "--skip-undecodable",
+        action="store_true",
+        help="leave out documents that are empty, null, invalid or not UTF-8, and count them",
+    )
+    command.add_argument(
+        "--allow-lossy-tokenizer", action="store_true", help="accept a T that changes text"
     )
     command.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="default: one per core"

@@ -183,7 +183,7 @@ def test_sources_without_text_are_refused(tmp_path):
 def test_a_folder_may_have_any_name(tmp_path):
     folder = tmp_path / "books [2024]*"
     folder.mkdir()
-    (folder / ".hidden.txt").write_text("text")
+    (folder / "any name [1]*").write_text("text")
     assert open_data(folder).num_tokens == 5
 
 
