@@ -80,7 +80,7 @@ class Encoder:
                 )
         except Exception as error:  # of many types: the file is missing, damaged or not a tokenizer
             reason = str(error).strip().split("\n")[0]
-            if "trust_remote_code" in reason:
+            if "trust_remote_code" in str(error):
                 reason = "it needs code of its own, which never runs; give a tokenizer.json"
             raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
         vocabulary = self.tokenizer.get_vocab()

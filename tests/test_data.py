@@ -187,6 +187,63 @@ def test_a_folder_may_have_any_name(tmp_path):
     assert open_data(folder).num_tokens == 5
 
 
+def test_a_folder_gives_linked_folders_once_and_no_hidden_files(tmp_path):
+    for path in ("corpus/a.txt", "corpus/part/b.txt", "disk2/c.txt", "corpus/.cache/d.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    (tmp_path / "corpus" / ".hidden.txt").write_text("text")
+    (tmp_path / "corpus" / "part2").symlink_to(tmp_path / "disk2")
+    (tmp_path / "corpus" / "part" / "up").symlink_to(tmp_path / "corpus")  # a cycle
+    (tmp_path / "disk2" / "again").symlink_to(tmp_path / "corpus" / "part")
+    source = open_data(tmp_path / "corpus")
+    texts = {
+        bytes(source.corpus.read(start, length)[:-1].astype(np.uint8)).decode()
+        for start, length in zip(source.starts, source.lengths, strict=True)
+    }
+    assert texts == {"corpus/a.txt", "corpus/part/b.txt", "disk2/c.txt"}
+    assert len(source.starts) == 3
+    (tmp_path / "corpus" / "README.md").write_text("the documents")
+    assert len(open_data(tmp_path / "corpus").starts) == 4
+    (tmp_path / "corpus" / ".gitattributes").write_text("")  # a repository of the hub
+    assert len(open_data(tmp_path / "corpus").starts) == 3
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "text.txt").write_text("text", encoding="utf-8-sig")
+    tokens = open_data(tmp_path / "text.txt").corpus.files[0]
+    assert tokens.tolist() == [*b"text", END_OF_DOCUMENT]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.JSONL", "a.ndjson", "a.jsonlines", "a.json", "a.parquet", "a.csv", "a.npy",
+     "a.txt.gz", "a.txt.zst", "a.bin.gz"],
+)  # fmt: skip
+def test_a_file_that_is_not_text_names_the_command_that_reads_it(tmp_path, name):
+    """Whatever it contains: as text it would train on the syntax of its format."""
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / name).write_text('{"text": "alpha"}\n' * 9)
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(ValueError, match=f"{name} is neither text .* `python -m data prepare`"):
+            open_data(source)
+
+
+def test_a_folder_or_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "x.bin").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"x.bin cannot be read \(No such file or directory\); ma"):
+        open_data(tmp_path)
+    (tmp_path / "x.bin").rename(tmp_path / "x.txt")
+    with pytest.raises(ValueError, match=r"x.txt cannot be read \(No such file or directory\); ma"):
+        open_data(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, who may read all
+    with pytest.raises(ValueError, match=f"^{tmp_path} cannot be read .Permission denied.; make"):
+        open_data(tmp_path)
+
+
 def test_tokens_beyond_the_vocabulary_are_refused(folder):
     with pytest.raises(ValueError, match="token ids up to 256, .* vocab_size is 256"):
         open_data(folder, vocab_size=256)
@@ -346,6 +403,36 @@ def test_token_files_of_another_size_are_refused(tmp_path, content, sentence):
         open_data(tmp_path / "x.bin", vocab_size=50_257)
 
 
+@pytest.mark.parametrize("vocab_size", [20, 300, 50_257, 200_000])
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+def test_token_files_of_32_or_64_bits_are_not_read_as_16(tmp_path, vocab_size, dtype):
+    tokens = np.random.default_rng(0).integers(vocab_size, size=1000)
+    tokens.astype(dtype).tofile(tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="x.bin looks like tokens of 32 bits, but without llm.c's"):
+        open_data(tmp_path / "x.bin", vocab_size=2**18)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 4, 16, 20, 65, 50_257])
+def test_token_files_of_any_vocabulary_are_read(tmp_path, vocab_size):
+    tokens = np.random.default_rng(0).integers(vocab_size, size=1000).astype(np.uint16)
+    tokens.tofile(tmp_path / "x.bin")
+    source = open_data(tmp_path / "x.bin", vocab_size=2**18)
+    assert np.array_equal(source.corpus.files[0], tokens)
+
+
+def test_token_files_of_megatron_are_refused(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "x.bin")
+    (tmp_path / "x.idx").write_bytes(b"MMIDIDX\x00\x00")
+    with pytest.raises(
+        ValueError, match="x.bin has an .idx file beside it, as Megatron writes, bu"
+    ):
+        open_data(tmp_path / "x.bin")
+    with pytest.raises(
+        ValueError, match=r"mixes 1 .bin files with 1 others \(x.idx\); give a glob"
+    ):
+        open_data(tmp_path)
+
+
 def test_token_files_beyond_the_vocabulary_are_refused(tmp_path):
     np.array([1, 2, 500], dtype=np.uint16).tofile(tmp_path / "x.bin")
     with pytest.raises(ValueError, match="token ids up to 500, but the model's vocab_size is 500;"):
@@ -403,6 +490,15 @@ def test_a_corpus_that_does_not_fit_the_run_is_refused(numbers, keys, sentence):
     with pytest.raises(ValueError) as error:
         open_data(numbers, **{"vocab_size": 1000, **keys})
     assert sentence in str(error.value)
+
+
+def test_documents_without_any_label_are_refused(tmp_path):
+    """All documents that are held out are empty."""
+    starts = np.array([0, *range(11, 61)])
+    folder = write_prepared(tmp_path / "empty", np.zeros(60), starts, 257)
+    assert open_data(folder, "train", validation_fraction=0.1).lengths.max() == 11
+    with pytest.raises(ValueError, match="has no label for validation: each of its 5 documents"):
+        open_data(folder, "validation", validation_fraction=0.1)
 
 
 def test_random_tokens_cannot_be_held_out():
@@ -469,7 +565,7 @@ def test_what_a_start_leaves_unchecked_is_found_by_verify_or_when_it_is_read(num
     tokens[500] = 1000
     tokens.tofile(numbers / "tokens.bin")
     source = open_data(numbers, vocab_size=1000)
-    with pytest.raises(ValueError, match="token id 1000 is larger than 999, so the files"):
+    with pytest.raises(data.DataError, match="token id 1000 is larger than 999, so the files"):
         source.rows(0, 16, 64)
     with pytest.raises(ValueError, match="tokens.bin does not match its checksum"):
         corpus.read_prepared(str(numbers), checked_bytes=float("inf"))
