@@ -1,12 +1,15 @@
 """`python -m data prepare`: what the folder holds, for every kind of input, and what is refused."""
 
 import contextlib
+import fcntl
+import gzip
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import sysconfig
 
 import datasets
 import numpy as np
@@ -80,6 +83,65 @@ def test_every_kind_of_input_gives_the_same_documents(tmp_path, names):
     num_bytes = copies * sum(len(text.encode()) for text in TEXTS)
     assert meta["num_documents"] == copies * len(TEXTS)
     assert meta["num_bytes"] == num_bytes == meta["num_tokens"] - meta["num_documents"]
+
+
+def zst(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def marked(content: bytes) -> bytes:
+    return b"\xef\xbb\xbf" + content
+
+
+OTHER_NAMES = {
+    "a.ndjson": ("a.jsonl", bytes),
+    "a.JSONL": ("a.jsonl", bytes),
+    "a.jsonlines": ("a.jsonl", bytes),
+    "a.Parquet": ("a.parquet", bytes),
+    "a.jsonl.gz": ("a.jsonl", gzip.compress),
+    "members.jsonl.gz": ("a.jsonl", lambda c: gzip.compress(c[:99]) + gzip.compress(c[99:])),
+    "a.jsonl.zst": ("a.jsonl", zst),
+    "list.json.GZ": ("list.json", gzip.compress),
+    "a.parquet.gz": ("a.parquet", gzip.compress),
+    "marked.jsonl": ("a.jsonl", marked),
+    "marked.ndjson.gz": ("a.jsonl", lambda content: gzip.compress(marked(content))),
+    "marked_list.json": ("list.json", marked),
+    "marked_lines.json": ("lines.json", marked),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_file_is_read_as_what_it_contains(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    (tmp_path / "usual").mkdir()
+    write_corpus(tmp_path / "usual")
+    usual_name, write = OTHER_NAMES[name]
+    (tmp_path / name).write_bytes(write((tmp_path / "usual" / usual_name).read_bytes()))
+    prepare([tmp_path / name], tmp_path / "out")
+    assert prepared_documents(tmp_path / "out") == BYTES
+
+
+@pytest.mark.parametrize(
+    "name, write", [("a.txt", bytes), ("a.txt.gz", gzip.compress), ("a.zst", zst)]
+)
+def test_a_text_is_read_without_its_byte_order_mark(tmp_path, name, write):
+    (tmp_path / name).write_bytes(write(marked("text: ü".encode())))
+    prepare([tmp_path / name], tmp_path / "out")
+    assert prepared_documents(tmp_path / "out") == [[*"text: ü".encode(), END_OF_DOCUMENT]]
+
+
+def test_a_data_set_downloaded_from_the_hub_gives_its_data_files(tmp_path, capfd):
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), folder / "data" / "a.parquet")
+    (folder / ".cache" / "huggingface" / "a.parquet.metadata").write_text("1.0")
+    for name in ("README.md", ".gitattributes", "LICENSE", "b.csv"):
+        (folder / name).write_text("not a document")
+    prepare([folder], tmp_path / "out")
+    assert prepared_documents(tmp_path / "out") == BYTES
+    said = f"INPUT='{folder}' gives its 1 files of .parquet, without 2 others: LICENSE, b.csv\n"
+    assert f"warning: {said}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 7, 30, 100, 1000])
@@ -176,6 +238,14 @@ BAD_INPUT = {
     "invalid.json": (b'[{"text": "a"},\n 5', "{path}: invalid JSON (Expecting ',' delimiter at li"),
     "field.json": (b'[{"text": "a"}, {"t": 1}]', "{path}, element 2: --field 'text' is not one of"),
     "no.parquet": (b"no", "{path} is not a readable parquet file ("),
+    "a.csv": (b"text\nalpha\n", "{path} is neither text nor one of .jsonl, "),
+    "a.bin": (b"a\0b\0", "{path} is neither text nor one of .jsonl, "),
+    "five.jsonl.gz": (gzip.compress(b'{"text": "a"}\n5'), "error: {path}, line 2: it is a int, no"),
+    "cut.txt.gz": (gzip.compress(b"text" * 99)[:-9], "{path} cannot be unpacked (Truncated"),
+    "cut.txt.zst": (zst(b"text" * 99)[:-9], "{path} cannot be unpacked ("),
+    "latin.txt.gz": (gzip.compress(b"na\xefve"), "error: {path} is not UTF-8 (byte 2)"),
+    "long.txt.gz": (gzip.compress(b"t" * 501), "{path} has 501 bytes, but may have 500; cut it"),
+    "long.jsonl": (b" " * 501, "{path}, line 1: a line may have 500 bytes; cut it"),
 }  # fmt: skip
 
 
@@ -187,6 +257,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, nam
     """Also if it comes to light in one of several processes."""
     content, sentence = BAD_INPUT[name]
     monkeypatch.setattr(documents, "PIECE_BYTES", 20)
+    if name.startswith("long"):
+        monkeypatch.setattr(documents, "LARGEST_READ", 500)
     (tmp_path / "good.txt").write_text("good " * 20)
     path = tmp_path / name
     if content is not None:
@@ -195,7 +267,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, nam
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(ValueError) as error:
         prepare(inputs, tmp_path / "out", processes=processes)
-    assert sentence.format(path=path) in str(error.value)
+    assert sentence.format(path=path) in f"error: {error.value}"
     assert "\n" not in str(error.value)
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -252,6 +324,44 @@ def test_a_tokenizer_beyond_its_own_vocabulary_is_refused(tmp_path, monkeypatch,
         prepare([tmp_path / "text.txt"], tmp_path / "out", tokenizer_json, end_of_text="!")
 
 
+def test_a_tokenizer_that_loses_text_is_noticed_and_can_be_accepted(tmp_path, monkeypatch):
+    words = {"known": 0, "words": 1, "<unk>": 2, "<end>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("known words and others")
+    arguments = [[tmp_path / "text.txt"], tmp_path / "out", tmp_path / "tokenizer.json"]
+    with pytest.raises(ValueError) as error:
+        prepare(*arguments, end_of_text="<end>")
+    assert "'known words and others' becomes 'known words <unk> <unk>'; use" in str(error.value)
+    assert "--allow-lossy-tokenizer" in str(error.value)
+    prepare(*arguments, end_of_text="<end>", allow_lossy_tokenizer=True)
+    assert prepared_documents(tmp_path / "out") == [[0, 1, 2, 2, 3]]
+    (tmp_path / "text.txt").write_text("known words")
+    prepare(arguments[0], tmp_path / "known", arguments[2], end_of_text="<end>")
+    assert prepared_documents(tmp_path / "known") == [[0, 1, 3]]
+
+
+def test_code_that_comes_with_a_tokenizer_never_runs(tmp_path):
+    """Nor is the user asked, whose `y` would run it."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    config = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "text.txt").write_text("text")
+    command = [sys.executable, "-m", "data", "prepare", tmp_path / "text.txt", "--tokenizer"]
+    result = subprocess.run(
+        [*command, folder, "--output", tmp_path / "out"],
+        cwd=ROOT, env=environment(), input="y\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert not (tmp_path / "ran").exists()
+    assert result.stderr == (
+        f"error: --tokenizer {folder} cannot be loaded: it needs code of its own, which never "
+        f"runs; give a tokenizer.json\n"
+    )
+
+
 def test_a_data_set_of_the_hub_is_read_with_its_config(tmp_path, monkeypatch):
     """The hub itself is the one thing that a test cannot count on."""
     asked = []
@@ -273,6 +383,8 @@ def test_a_data_set_of_the_hub_is_read_with_its_config(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: hole)
     with pytest.raises(ValueError, match="owner/name: field 'text' is null, not a string"):
         prepare(["owner/name"], tmp_path / "again")
+    prepare(["owner/name"], tmp_path / "again", skip_undecodable=True)
+    assert prepared_documents(tmp_path / "again") == [[*b"a", END_OF_DOCUMENT]]
 
 
 def test_the_folder_is_read_by_the_code_of_its_page(tmp_path, monkeypatch):
@@ -292,6 +404,51 @@ def test_files_that_are_not_utf_8_can_be_left_out(tmp_path, capfd):
     prepare([tmp_path / "a"], tmp_path / "out", skip_undecodable=True)
     assert prepared_documents(tmp_path / "out") == [[*b"text", END_OF_DOCUMENT]]
     assert f"{tmp_path / 'a' / 'latin.txt'} is not UTF-8 and skipped" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_documents_without_text_can_be_left_out_and_are_counted(
+    tmp_path, monkeypatch, capfd, processes
+):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 40)
+    rows = ["a", None, "b", "", "c", None]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    lines = ['{"text": "d"}', '{"text": "\\ud83d"}', '{"text": null}', '{"text": ""}', '{"text"',
+             '{"body": "x"}', '{"text": 5}', "[" * 10**5, "[1]", '{"text": "e"}']  # fmt: skip
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    (tmp_path / "c.json").write_text('[{"text": "f"}, {"text": null}, {"text": "g"}]')
+    (tmp_path / "d.json").write_text('[{"text": "lost"}')
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "empty.txt").touch()
+    (tmp_path / "texts" / "h.txt").write_text("h")
+    inputs = [tmp_path / name for name in ("a.parquet", "b.jsonl", "c.json", "d.json", "texts")]
+    prepare(inputs, tmp_path / "out", skip_undecodable=True, processes=processes)
+    expected = [[ord(letter), END_OF_DOCUMENT] for letter in "abcdefgh"]
+    assert prepared_documents(tmp_path / "out") == expected
+    output, warnings = capfd.readouterr()
+    assert f"{tmp_path / 'd.json'} is invalid JSON and skipped" in warnings
+    summary, kinds = output.strip().split("; left out: ")
+    assert "8 documents, 16 tokens, 0.50 bytes per token" in summary
+    assert sorted(kinds.split(", ")) == [
+        "1 JSON nested too deeply", "1 not UTF-8", "1 not a string", "1 not an object",
+        "1 without field 'text'", "2 invalid JSON", "3 empty", "4 null",
+    ]  # fmt: skip
+
+
+def test_python_stdlib_as_one_input_skips_none_of_the_others(tmp_path, monkeypatch, capfd):
+    stdlib = tmp_path / "stdlib"
+    stdlib.mkdir()
+    (stdlib / "a.py").write_text("a = 1")
+    (stdlib / "latin.py").write_bytes(b"na\xefve")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(stdlib))
+    (tmp_path / "own.txt").write_bytes(b"na\xefve")
+    with pytest.raises(ValueError, match="own.txt is not UTF-8"):
+        prepare(["python-stdlib", tmp_path / "own.txt"], tmp_path / "out")
+    (tmp_path / "own.txt").write_text("own")
+    prepare(["python-stdlib", tmp_path / "own.txt"], tmp_path / "out")
+    expected = [[*text, END_OF_DOCUMENT] for text in (b"a = 1", b"own")]
+    assert prepared_documents(tmp_path / "out") == expected
+    assert "its 1 files of .py, without 1 others: latin.py" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -340,6 +497,82 @@ def test_two_at_the_same_time_do_not_mix(tmp_path):
             prepare([tmp_path / "text.txt"], tmp_path / "out")
         other.communicate(b"\n")
     prepare([tmp_path / "text.txt"], tmp_path / "out")
+
+
+def own_files(partial):
+    partial.mkdir()
+    (partial / "mine.txt").write_text("text")
+
+
+def own_files_and_a_lock(partial):
+    own_files(partial)
+    (partial / "lock").touch()
+
+
+def own_cache(partial):
+    (partial / "cache").mkdir(parents=True)
+
+
+def a_link(partial):
+    own_files_and_a_lock(partial.parent / "elsewhere")
+    (partial.parent / "elsewhere" / "mine.txt").rename(partial.parent / "elsewhere" / "meta.json")
+    partial.symlink_to(partial.parent / "elsewhere")
+
+
+def a_linked_lock(partial):
+    own_cache(partial)
+    (partial.parent / "mine.txt").write_text("text")
+    (partial / "lock").symlink_to(partial.parent / "mine.txt")
+
+
+def a_file(partial):
+    partial.write_text("text")
+
+
+@pytest.mark.parametrize(
+    "make", [own_files, own_files_and_a_lock, own_cache, a_link, a_linked_lock, a_file]
+)
+def test_only_what_prepare_made_is_emptied(tmp_path, make):
+    def everything():
+        return [
+            (path, path.is_symlink(), path.read_text() if path.is_file() else "")
+            for path in sorted(tmp_path.rglob("*"))
+        ]
+
+    (tmp_path / "text.txt").write_text("text")
+    make(tmp_path / "out.partial")
+    before = everything()
+    with pytest.raises(ValueError, match="out.partial is not a folder that an interrupted `prepar"):
+        prepare([tmp_path / "text.txt"], tmp_path / "out")
+    assert everything() == before
+
+
+def test_a_second_prepare_cannot_empty_a_complete_folder(tmp_path, monkeypatch):
+    """Neither just before the first one renames it, nor with the lock that it opened before."""
+    (tmp_path / "text.txt").write_text("text")
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    rename, lockf = os.rename, fcntl.lockf
+
+    def rename_while_another_starts(old, new):
+        if new == str(tmp_path / "out"):
+            command = [sys.executable, "-c", take, os.path.join(old, "lock")]
+            assert b"BlockingIOError" in subprocess.run(command, capture_output=True).stderr
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", rename_while_another_starts)
+    prepare([tmp_path / "text.txt"], tmp_path / "out")
+    assert "lock" not in os.listdir(tmp_path / "out")
+
+    def lock_after_another_is_done(file, flags):
+        rename(tmp_path / "out2.partial", tmp_path / "out2")
+        (tmp_path / "out2.partial").mkdir()  # of a third one
+        (tmp_path / "out2.partial" / "lock").touch()
+        lockf(file, flags)
+
+    monkeypatch.setattr(fcntl, "lockf", lock_after_another_is_done)
+    with pytest.raises(ValueError, match="another process writes .*out2.partial; give another"):
+        prepare([tmp_path / "text.txt"], tmp_path / "out2")
+    assert os.listdir(tmp_path / "out2.partial") == ["lock"]
 
 
 def test_the_command_line_says_what_it_did_and_what_is_missing(tmp_path):
