@@ -25,7 +25,7 @@ LLM_C_DTYPES = {20240520: "uint16", 20240801: "uint32"}
 
 JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
 DOCUMENT_FILES = (*JSON_LINES, ".json", ".parquet")  # files of several documents, for `prepare`
-OTHER_FILES = (".arrow", ".csv", ".npy", ".tar", ".tsv", ".warc")  # neither text nor readable
+OTHER_FILES = (".arrow", ".csv", ".npy", ".tar", ".tsv", ".warc")  # no documents, also if UTF-8
 
 
 @dataclass(eq=False)
@@ -67,16 +67,16 @@ def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int
         if extension(path) in DOCUMENT_FILES + OTHER_FILES or is_compressed(path):
             raise ValueError(
                 f"{key}={name!r}: {path} is neither text nor a .bin file of tokens; tokenize "
-                f".json, .jsonl, .parquet and compressed files with `python -m data prepare`, and "
-                f"convert other kinds to one of these"
+                f".json, .jsonl, .parquet and compressed files with `python -m data prepare`, "
+                f"convert other kinds, or give a glob of text files"
             )
     others = [path for path in paths if extension(path) != ".bin"]
     if not others:
         return _read_token_files(paths, end_of_text_id)
     if len(others) < len(paths):
         raise ValueError(
-            f"{key}={name!r} mixes {len(paths) - len(others)} .bin files with {len(others)} "
-            f"others ({shortened(others)}); give a glob of one kind, such as 'folder/*.bin'"
+            f"{key}={name!r} has .bin files ({len(paths) - len(others)}) and others "
+            f"({len(others)}: {shortened(others)}); give a glob of one kind, such as 'folder/*.bin'"
         )
     documents, skipped = [], []
     for path in paths:

@@ -300,8 +300,8 @@ def _find_inputs(inputs: list[str]) -> tuple[list[str], list[str]]:
             kinds = ", ".join(sorted({extension(path) for path in taken}))
             others = sorted(set(found) - set(taken))
             print(
-                f"warning: INPUT={name!r} gives its {len(taken)} files of {kinds}, without "
-                f"{len(others)} others: {shortened(others)}",
+                f"warning: INPUT={name!r} gives its {kinds} files ({len(taken)}), without others "
+                f"({len(others)}: {shortened(others)})",
                 file=sys.stderr,
             )
             found = taken

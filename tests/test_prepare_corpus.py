@@ -140,7 +140,7 @@ def test_a_data_set_downloaded_from_the_hub_gives_its_data_files(tmp_path, capfd
         (folder / name).write_text("not a document")
     prepare([folder], tmp_path / "out")
     assert prepared_documents(tmp_path / "out") == BYTES
-    said = f"INPUT='{folder}' gives its 1 files of .parquet, without 2 others: LICENSE, b.csv\n"
+    said = f"INPUT='{folder}' gives its .parquet files (1), without others (2: LICENSE, b.csv)\n"
     assert f"warning: {said}" in capfd.readouterr().err
 
 
@@ -448,7 +448,7 @@ def test_python_stdlib_as_one_input_skips_none_of_the_others(tmp_path, monkeypat
     prepare(["python-stdlib", tmp_path / "own.txt"], tmp_path / "out")
     expected = [[*text, END_OF_DOCUMENT] for text in (b"a = 1", b"own")]
     assert prepared_documents(tmp_path / "out") == expected
-    assert "its 1 files of .py, without 1 others: latin.py" in capfd.readouterr().err
+    assert "its .py files (1), without others (1: latin.py)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
