@@ -118,6 +118,8 @@ def read_text(path: str, skip_undecodable: bool) -> bytes | None:
             f"{path} is not UTF-8 (byte {error.start}); convert or remove it, or skip such files "
             f"with data_config.skip_undecodable=true (in `prepare`, with --skip-undecodable)"
         ) from None
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(f"{path} is a pointer of Git LFS; get the file with `git lfs pull`")
     return text
 
 

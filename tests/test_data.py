@@ -228,6 +228,14 @@ def test_a_file_that_is_not_text_names_the_command_that_reads_it(tmp_path, name)
             open_data(source)
 
 
+def test_a_pointer_of_git_lfs_is_not_text(tmp_path):
+    """A clone without Git LFS has it in place of a large file."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 12345\n"
+    (tmp_path / "text.txt").write_text(pointer)
+    with pytest.raises(ValueError, match="text.txt is a pointer of Git LFS; get the file with"):
+        open_data(tmp_path)
+
+
 def test_a_folder_or_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "x.bin").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"x.bin cannot be read \(No such file or directory\); ma"):
