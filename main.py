@@ -33,7 +33,7 @@ import context_parallel
 from checkpoint import weights
 from configuration_llama import LlamaConfig
 from context_parallel.chunks import balanced_chunk_size
-from data import IGNORED_LABEL, Source
+from data import IGNORED_LABEL, DataError, Source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 from support import metrics, stop
@@ -339,7 +339,7 @@ def main(arguments: list[str]) -> None:
     optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
     try:
         train(model, optimizer, lr_scheduler, device_mesh, sources, train_config["train_iters"])
-    except (FloatingPointError, checkpoint.CheckpointError) as error:
+    except (FloatingPointError, checkpoint.CheckpointError, DataError) as error:
         exit_with(error)
     dist.barrier()  # other ranks' threads may still need this one
     dist.destroy_process_group()
