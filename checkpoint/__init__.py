@@ -6,7 +6,6 @@ and `export`.
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from .format import (
     find_damage,
     read_manifest,
     remove_leftovers,
+    remove_partial,
 )
 
 # Keys, or their beginnings, that may not change on resume. All others may.
@@ -259,8 +259,8 @@ class Checkpointer:
             self.log(f"saved: {temporary.removesuffix('.tmp')}")
             return
         self.ever_failed = True
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if dist.get_rank() == 0 and os.path.lexists(temporary):
+            remove_partial(temporary)
         failures = getattr(error, "failures", {})  # DCP's: {rank: (exception, traceback)}
         reasons = [f"rank {rank}: {failure!r}" for rank, (failure, _) in failures.items()]
         self.failure = (

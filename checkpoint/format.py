@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 
 FORMAT = "llama-pretrain checkpoint 1"
 STEP_NAME = r"step-\d{8}"  # sorts by step
+FILE_NAME = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json"
 # The names in a `.metadata` of tensors.
 PICKLED_NAMES = {
     "torch.distributed.checkpoint.metadata": (
@@ -58,7 +59,7 @@ def read_manifest(path: str) -> dict[str, Any]:
             manifest = json.load(file)
         if manifest.pop("crc32") == _manifest_crc(manifest) and manifest["format"] == FORMAT:
             return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"its manifest.json cannot be read: {error!r}") from None
     raise CheckpointError("its manifest.json does not match its own checksum or format")
 
@@ -102,17 +103,43 @@ def _sync(path: str) -> None:
     os.close(descriptor)
 
 
+def check_own(path: str | os.PathLike) -> None:
+    """Raises CheckpointError if `path` is not a folder that holds only a checkpoint's files."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        raise CheckpointError(f"{path} is a link or a file, not a checkpoint's folder; move it")
+    for name in os.listdir(path):
+        if not re.fullmatch(FILE_NAME, name):
+            raise CheckpointError(f"{path} holds {name!r}, which is not a checkpoint's; move it")
+
+
 def remove(path: str) -> None:
-    """Removes a checkpoint. Its name disappears first, so a killed run leaves no part of it."""
+    """Removes a checkpoint, or a link to one, but not what is behind the link.
+
+    The name disappears first, so a killed run leaves no part of it. Raises CheckpointError if the
+    folder holds anything else.
+    """
+    if os.path.islink(path):
+        os.unlink(path)
+        return
+    check_own(path)
     os.rename(path, path + ".removed")
     shutil.rmtree(path + ".removed")
+
+
+def remove_partial(path: str) -> None:
+    """Removes the partial checkpoint of a killed run or a failed save; warns if it cannot."""
+    try:
+        check_own(path)
+        shutil.rmtree(path)
+    except (CheckpointError, OSError) as error:
+        print(f"warning: not removed: {error}", flush=True)
 
 
 def remove_leftovers(output_dir: str) -> None:
     """Removes the partial checkpoints of a killed run."""
     for name in os.listdir(output_dir):
         if re.fullmatch(STEP_NAME + r"\.(tmp|removed)", name):
-            shutil.rmtree(os.path.join(output_dir, name))
+            remove_partial(os.path.join(output_dir, name))
 
 
 class Writer(dcp.FileSystemWriter):
@@ -128,9 +155,20 @@ class Writer(dcp.FileSystemWriter):
         self.keep_last, self.log = keep_last, log
         self.manifest: dict[str, Any] = {}  # the next checkpoint's, without its files
 
+    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+        """Creates the folder; raises CheckpointError if there is one that is not a checkpoint's."""
+        plan = super().prepare_local_plan(plan)
+        check_own(self.path)
+        return plan
+
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
         """Writes and fsyncs this rank's file; returns DCP's results and the file's fingerprint."""
-        results = super().write_data(plan, planner).value()
+        try:
+            results = super().write_data(plan, planner).value()
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch.save hides that the disk is full
+                raise error.__context__ from None
+            raise
         names = {result.storage_data.relative_path for result in results}
         future = torch.futures.Future()
         future.set_result((results, {name: _fingerprint(self.path / name) for name in names}))
@@ -159,7 +197,7 @@ class Writer(dcp.FileSystemWriter):
         _sync(temporary)
 
         path = os.path.abspath(temporary.removesuffix(".tmp"))
-        if os.path.exists(path):  # damaged, or this run would have resumed from it
+        if os.path.lexists(path):  # damaged, or this run would have resumed from it
             remove(path)
         os.rename(temporary, path)
         _sync(os.path.dirname(path))
@@ -168,8 +206,8 @@ class Writer(dcp.FileSystemWriter):
             for older in run[run.index(path) :][self.keep_last :]:
                 try:
                     remove(older)
-                except OSError as error:  # the new checkpoint is complete anyway
-                    self.log(f"warning: {older} could not be removed: {error}")
+                except (CheckpointError, OSError) as error:  # the new one is complete anyway
+                    self.log(f"warning: not removed: {error}")
 
 
 class _Unpickler(pickle._Unpickler):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -55,7 +56,7 @@ def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
     """
     try:
         config = _folder_config(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"model_config.init_from={folder!r}: {error}") from None
     return config.override(overrides)
 
@@ -105,9 +106,9 @@ def write_folder(
 
     sizes: each weight's, by name. fill: fills the empty tensors that it is given. It is called once
     per file, so at most max_file_bytes (or one tensor) is in memory.
-    The folder is complete or absent. Raises ValueError if it exists.
+    The folder is complete or absent. Raises ValueError if it exists or cannot be written.
     """
-    if os.path.exists(folder):
+    if os.path.lexists(folder):
         raise ValueError(f"{folder!r} exists; give the name of a new folder")
     groups, room = [], 0
     for name, size in sizes.items():
@@ -119,23 +120,35 @@ def write_folder(
         room -= num_bytes
 
     temporary = f"{os.path.normpath(folder)}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    weight_map = {}
-    for number, names in enumerate(groups, start=1):
-        weights = {name: torch.empty(sizes[name], dtype=dtype) for name in names}
-        fill(weights)
-        part = f"-{number:05}-of-{len(groups):05}" if len(groups) > 1 else ""
-        file = f"model{part}.safetensors"
-        save_file(weights, os.path.join(temporary, file), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(groups) > 1:
-        total_size = sum(size.numel() for size in sizes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        with open(os.path.join(temporary, "model.safetensors.index.json"), "w") as file:
-            json.dump(index, file, indent=2)
-    hf_config = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
-    with open(os.path.join(temporary, "config.json"), "w") as file:
-        json.dump(hf_config, file, indent=2)
-    os.rename(temporary, folder)
+    try:
+        os.makedirs(temporary)
+    except OSError as error:  # nothing that is there is removed
+        raise ValueError(
+            f"{temporary!r} cannot be created ({error.strerror}); remove it if a killed export "
+            f"left it, or give another folder than {folder!r}"
+        ) from None
+    try:
+        weight_map = {}
+        for number, names in enumerate(groups, start=1):
+            weights = {name: torch.empty(sizes[name], dtype=dtype) for name in names}
+            fill(weights)
+            part = f"-{number:05}-of-{len(groups):05}" if len(groups) > 1 else ""
+            file = f"model{part}.safetensors"
+            save_file(weights, os.path.join(temporary, file), metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
+        if len(groups) > 1:
+            total_size = sum(size.numel() for size in sizes.values()) * dtype.itemsize
+            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            with open(os.path.join(temporary, "model.safetensors.index.json"), "w") as file:
+                json.dump(index, file, indent=2)
+        hf_config = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+        with open(os.path.join(temporary, "config.json"), "w") as file:
+            json.dump(hf_config, file, indent=2)
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder!r} cannot be written ({error}); free its disk, or give another folder"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
     return len(groups)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -320,6 +321,21 @@ def test_a_full_disk_costs_only_a_checkpoint(start, undisturbed, small_disk):
     assert trained(output_dir) == trained(undisturbed[1])
 
 
+def test_a_checkpoint_and_an_export_name_a_full_disk(
+    config, cp_group, undisturbed, small_disk, monkeypatch
+):
+    """There is room for a part of them, and no part stays."""
+    checkpointer, filler = build(small_disk), fill(small_disk)
+    os.truncate(filler, filler.stat().st_size - 2**16)
+    with pytest.raises(CheckpointError, match="could not be written, .*No space left on device"):
+        checkpointer.after_step(1, stop=True)
+    assert os.listdir(small_disk) == ["filler"]
+    error = command_error(monkeypatch, "export", undisturbed[1], small_disk / "hf")
+    assert error.startswith(f"error: '{small_disk}/hf' cannot be written (")
+    assert "No space left on device" in error and "\n" not in error
+    assert os.listdir(small_disk) == ["filler"]
+
+
 def test_an_output_dir_that_cannot_be_written_ends_the_run_before_step_1(start, tmp_path):
     (tmp_path / "file").touch()
     refused = start(output_dir=tmp_path / "file" / "run")
@@ -459,6 +475,62 @@ def test_a_first_save_that_fails_costs_only_itself(config, cp_group, tmp_path, c
         "step-00000003",
         "step-00000002",
     ]
+
+
+def test_a_folder_or_link_that_no_run_made_stays_as_it_is(config, cp_group, tmp_path, capsys):
+    """Not at the start, not by a save that fails, and not as an old checkpoint."""
+    output_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    notes = [output_dir / "step-00000001.tmp", output_dir / "step-00000009.removed", elsewhere]
+    for folder in notes:
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+    for name in ("step-00000002.tmp", "step-00000008.removed"):
+        (output_dir / name).symlink_to(elsewhere)
+    checkpointer = build(output_dir, "train_config.checkpoint_interval=1")
+    assert checkpointer.resume() == 0
+    assert capsys.readouterr().out.count("warning: not removed: ") == 4
+    for step in range(1, 8):
+        checkpointer.after_step(step, stop=False)
+        checkpointer.wait_for_save()
+        if step == 3:
+            (output_dir / "step-00000003" / "hf").mkdir()
+            notes.append(output_dir / "step-00000003")
+            (notes[-1] / "notes.txt").write_text("mine")
+    said = capsys.readouterr().out
+    for name, other in (("step-00000001.tmp", "notes.txt"), ("step-00000002.tmp", "a link")):
+        assert re.search(rf"could not be written, .*{name} (holds|is) '?{other}", said)
+    assert f"warning: not removed: {output_dir}/step-00000003 holds " in said
+    for folder in notes[:3]:
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [
+            ("notes.txt", "mine")
+        ]
+    assert {"hf", "notes.txt", "manifest.json"} < set(os.listdir(notes[3]))
+    steps = [Path(path).name for path in checkpoints(str(output_dir))]
+    assert steps == ["step-00000007", "step-00000006", "step-00000003"], "keep_last=2"
+
+
+@pytest.mark.parametrize("moved", ["an old one", "the newest, which is damaged"])
+def test_a_checkpoint_moved_and_linked_back_keeps_its_files(moved, config, cp_group, tmp_path):
+    output_dir, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    checkpointer = build(output_dir, "train_config.checkpoint_interval=1")
+    for step in (1, 2):
+        checkpointer.after_step(step, stop=True)
+    name = "step-00000001" if moved == "an old one" else "step-00000002"
+    shutil.move(output_dir / name, disk / name)
+    (output_dir / name).symlink_to(disk / name)
+    if moved == "an old one":
+        assert checkpointer.resume() == 2
+        checkpointer.after_step(3, stop=True)
+        assert not (output_dir / name).is_symlink(), "keep_last=2"
+    else:
+        (disk / name / "manifest.json").write_text("[" * 100_000)
+        assert checkpointer.resume() == 1
+        checkpointer.after_step(2, stop=True)
+        assert not (output_dir / name).is_symlink(), "it is written again"
+    assert len(list((disk / name).iterdir())) == 3
+    assert all(find_damage(path) == "" for path in checkpoints(str(output_dir)))
+    assert checkpointer.resume() == (3 if moved == "an old one" else 2)
 
 
 @pytest.mark.parametrize("output_dir", [".", "a/../run"])

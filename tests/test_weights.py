@@ -48,6 +48,33 @@ def test_an_exported_run_is_the_same_model_in_transformers(undisturbed, cp_group
         export(str(undisturbed[2]), folder, "float32", 5.0)
 
 
+@pytest.mark.parametrize("in_the_way", ["folder", "link"])
+def test_an_export_leaves_what_it_did_not_write(in_the_way, undisturbed, tmp_path):
+    mine = tmp_path / ("hf.tmp" if in_the_way == "folder" else "mine")
+    mine.mkdir()
+    (mine / "model.safetensors").write_text("mine")
+    if in_the_way == "link":
+        (tmp_path / "hf.tmp").symlink_to(mine)
+    with pytest.raises(ValueError, match="hf.tmp' cannot be created .File exists.; remove it if "):
+        export(str(undisturbed[1]), str(tmp_path / "hf"), "float32", 5.0)
+    assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_export_to_a_folder_that_cannot_be_written_is_one_sentence(undisturbed, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/hf.tmp' cannot be created .Not a directory.; "):
+        export(str(undisturbed[1]), str(tmp_path / "file" / "hf"), "float32", 5.0)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"hidden_size": "64"}'])
+def test_a_config_json_that_is_none_is_one_sentence(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"model_config.init_from='{tmp_path}': ") as error:
+        weights.read_config(str(tmp_path), {})
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_is_needed_at_the_start_alone(tmp_path):
     shape = LlamaConfig.from_preset("tiny", {})
     (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
