@@ -36,8 +36,10 @@ from .format import (
 
 # Keys, or their beginnings, that may not change on resume. All others may.
 FIXED = ("data", "data_config.", "llama_config.", "train_config.seed")
+# Except these, where a checkpoint has the fingerprints of its corpora: they may have moved.
+CORPORA = ("data", "data_config.source", "data_config.validation_source")
 # Keys of a run's place. They do not change its training.
-ELSEWHERE = ("machine.", "train_config.output_dir", "train_config.resume")
+ELSEWHERE = (*CORPORA, "machine.", "train_config.output_dir", "train_config.resume")
 
 
 def find(config: dict[str, Any], restarts: int) -> list[str]:
@@ -92,8 +94,15 @@ def _config_changes(
     Raises CheckpointError for a key that may not change.
     """
     changes = list(_differences(manifest["config"], json.loads(json.dumps(config))))
+    may_move = CORPORA if "fingerprints" in manifest["config"] else ()
     for key, saved, new in changes:
-        if key.startswith(FIXED):
+        if key.startswith("fingerprints."):
+            source = "source" if key == "fingerprints.train" else "validation_source"
+            raise CheckpointError(
+                f"data_config.{source}={config['data_config'][source]!r} does not hold the "
+                f"documents of {path}; restore them, or give another train_config.output_dir"
+            )
+        if key.startswith(FIXED) and key not in may_move:
             raise CheckpointError(
                 f"{key}={new!r}, but {path} was trained with {saved!r}, and a run may not change "
                 f"this key; set it back, or give another train_config.output_dir"

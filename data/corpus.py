@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ class Corpus:
     starts: [documents + 1], int64: document d is the tokens starts[d] to starts[d + 1] - 1.
     vocab_size: token ids are smaller than this.
     tokenizer: the SHA-256 of the tokenizer's vocabulary; `bytes` for text; empty if unknown.
+    fingerprint: text that is equal for equal documents, wherever their files are.
     note: a remark at the end of the corpus's line in the log.
     """
 
@@ -43,6 +45,7 @@ class Corpus:
     starts: np.ndarray
     vocab_size: int
     tokenizer: str
+    fingerprint: str
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -100,7 +103,8 @@ def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int
     note = ""
     if skipped:
         note = f", without {len(skipped)} files that are not UTF-8: {shortened(skipped)}"
-    return Corpus([tokens], starts, END_OF_DOCUMENT + 1, "bytes", note)
+    fingerprint = hashlib.sha256(tokens).hexdigest()
+    return Corpus([tokens], starts, END_OF_DOCUMENT + 1, "bytes", fingerprint, note)
 
 
 def read_text(path: str, skip_undecodable: bool) -> bytes | None:
@@ -132,7 +136,7 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
 
     It reads each file once to find the documents. They end with end_of_text_id or with their file.
     """
-    files, starts, largest, base = [], [np.zeros(1, dtype=np.int64)], 0, 0
+    files, starts, largest, base, crc32 = [], [np.zeros(1, dtype=np.int64)], 0, 0, 0
     for path in paths:
         try:
             size = os.path.getsize(path)
@@ -165,11 +169,14 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
             block = tokens[first : first + 2**24]
             starts.append(np.flatnonzero(block == end_of_text_id) + base + first + 1)
             largest = max(largest, int(block.max()))
+            crc32 = zlib.crc32(block, crc32)
         files.append(tokens)
         base += num_tokens
         if tokens[-1] != end_of_text_id:
             starts.append(np.array([base]))
-    return Corpus(files, np.concatenate(starts), largest + 1, tokenizer="")
+    starts = np.concatenate(starts)
+    fingerprint = f"{base} tokens, {crc32:08x} {zlib.crc32(starts):08x}"
+    return Corpus(files, starts, largest + 1, "", fingerprint)
 
 
 def read_prepared(folder: str, checked_bytes: float) -> Corpus:
@@ -209,7 +216,8 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
     tokens, starts = arrays["tokens.bin"], arrays["offsets.bin"]
     if starts[0] != 0 or starts[-1] != len(tokens) or (starts[1:] < starts[:-1]).any():
         raise ValueError(f"{folder}/offsets.bin does not rise from 0 to {len(tokens)}; {again}")
-    return Corpus([tokens], starts, vocab_size, meta.get("tokenizer_sha256", ""))
+    fingerprint = f"{checksums['tokens.bin']} {checksums['offsets.bin']}"
+    return Corpus([tokens], starts, vocab_size, meta.get("tokenizer_sha256", ""), fingerprint)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -115,6 +115,10 @@ def run_config(sources: Sources) -> dict[str, Any]:
         **run_settings.sections(),
         "llama_config": asdict(build_llama_config()),
         "data": sources["train"].description,
+        "fingerprints": {
+            name: source.corpus.fingerprint if isinstance(source, TokenSource) else "random"
+            for name, source in sources.items()
+        },
         "machine": metrics.describe_machine(),
     }
 

@@ -12,16 +12,19 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_worker import ITERS, SHORT
 from conftest import ROOT, environment, read_metrics, run
+from test_data import write_prepared
 
 import checkpoint
 import main
 from checkpoint.__main__ import inspect
 from checkpoint.format import CheckpointError, checkpoints, find_damage, read_manifest
+from data.corpus import open_corpus
 from support import preflight
 from support.config import resolve
 from support.process import ERROR_CODE
@@ -374,7 +377,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(start,
 @pytest.mark.parametrize(
     "key, value",
     {
-        "data_config.source": "README.md",
         "data_config.seqlen": 48,
         "data_config.batch_size": 8,
         "data_config.seed": 1,
@@ -393,6 +395,58 @@ def test_a_change_that_is_not_allowed_names_the_key_and_both_values(key, value, 
     assert f"{key}={value!r}, but " in str(error.value)
     assert f"was trained with {before!r}" in str(error.value) or name == "train_iters"
     assert newest(undisturbed[1]) in str(error.value)
+
+
+def write_corpus(path: Path, kind: str, text: bytes) -> Path:
+    """Writes `text` as one kind of corpus; returns its data_config.source."""
+    tokens = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+    if kind == "prepared folder":
+        return write_prepared(path, tokens, np.array([0, 1000, len(text)]), vocab_size=257)
+    path.mkdir()
+    file = path / ("a.txt" if kind == "text" else "a.bin")
+    file.write_bytes(text if kind == "text" else tokens.tobytes())
+    return path if kind == "text" else file
+
+
+@pytest.mark.parametrize("key", ["source", "validation_source"])
+@pytest.mark.parametrize("kind", ["text", "prepared folder", "token file"])
+def test_a_moved_corpus_resumes_and_other_text_of_its_name_does_not(
+    kind, key, config, cp_group, tmp_path
+):
+    text = (ROOT / "LICENSE").read_bytes()
+    source = write_corpus(tmp_path / "corpus", kind, text)
+    other = ["data_config.source=random", "train_config.eval_interval=1"]
+    other = [] if key == "source" else [*other, "train_config.eval_iters=1"]
+    build(tmp_path / "run", *other, f"data_config.{key}={source}").after_step(1, stop=True)
+
+    def check(source):
+        open_corpus.cache_clear()
+        resolve([f"data_config.{key}={source}"], world_size=1)
+        checkpoint.check_resume(preflight.run_config(preflight.open_sources()))
+
+    os.rename(tmp_path / "corpus", tmp_path / "moved")
+    check(tmp_path / "moved" / source.relative_to(tmp_path / "corpus"))
+    os.symlink(tmp_path / "moved", tmp_path / "corpus")
+    check(f"{source.parent}/./{source.name}")
+    os.unlink(tmp_path / "corpus")
+    write_corpus(tmp_path / "corpus", kind, text[:5000] + b"X" + text[5001:])
+    with pytest.raises(CheckpointError, match=f"data_config.{key}='{source}' does not hold the"):
+        check(source)
+
+
+def test_a_checkpoint_without_fingerprints_resumes_by_the_spelling_of_its_corpus(
+    forged_run, config
+):
+    manifest = read_manifest(newest(forged_run))
+    del manifest["config"]["fingerprints"]
+    manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+    (Path(newest(forged_run)) / "manifest.json").write_text(json.dumps(manifest))
+    resumed = config_of(forged_run)
+    resumed["train_config"]["output_dir"] = str(forged_run)
+    checkpoint.check_resume(resumed)
+    resumed["data_config"]["source"] = "README.md"
+    with pytest.raises(CheckpointError, match="data_config.source='README.md', but .*'LICENSE'"):
+        checkpoint.check_resume(resumed)
 
 
 def test_other_changes_are_allowed(undisturbed):
