@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -17,15 +18,17 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from checkpoint import CheckpointError, checkpoints
 from configuration_llama import LlamaConfig
 
 from .process import Watchdog, log, rank
@@ -180,11 +183,15 @@ class MetricsWriter:
     """Logs each step. Rank 0 also writes `config.json`, `metrics.jsonl` and TensorBoard events.
 
     A resumed run continues its metrics.jsonl from the checkpoint's step. Files of an earlier run
-    are renamed. A step that is not written within `train_config.step_timeout` ends the process.
+    are renamed. A finished run writes nothing. A step that is not written within
+    `train_config.step_timeout` ends the process.
     """
 
     def __init__(self, run_config: dict[str, Any], first_iter: int, world_size: int) -> None:
-        """run_config: from `preflight.run_config`. first_iter: the number of completed steps."""
+        """run_config: from `preflight.run_config`. first_iter: the number of completed steps.
+
+        Raises CheckpointError if output_dir has no space for its files, which stay as they are.
+        """
         data_config, train_config = run_config["data_config"], run_config["train_config"]
         self.llama_config = LlamaConfig(**run_config["llama_config"])
         self.tokens_per_step = data_config["batch_size"] * data_config["seqlen"]  # of all ranks
@@ -195,24 +202,31 @@ class MetricsWriter:
         self.watchdog.watch(f"step {first_iter + 1}")
         self.file = self.tensorboard = self.profiler = None
         self.start = now()
-        if rank() != 0:
+        if rank() != 0 or first_iter == self.train_iters:
             return
-        if first_iter == 0:
-            _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
-        self.profiler = _profiler(train_config["profile_steps"], first_iter, output_dir)
-        with open(os.path.join(output_dir, "config.json"), "w") as file:
-            json.dump(run_config, file, indent=2)
-        # Unbuffered, so that `write` returns how much of a line is in the file.
-        self.file = open(os.path.join(output_dir, "metrics.jsonl"), "ab+", buffering=0)
-        self.unwritten = b""
-        _cut_after(self.file, first_iter)
+        content, path = json.dumps(run_config, indent=2), os.path.join(output_dir, "metrics.jsonl")
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # optional
-            return
-        self.tensorboard = SummaryWriter(
-            os.path.join(output_dir, "tensorboard"), purge_step=first_iter + 1, flush_secs=10
-        )
+            with tempfile.TemporaryFile("w", dir=output_dir) as file:
+                file.write(content)  # a full disk shows here, before a file is changed
+            if checkpoints(output_dir):
+                _cut_after(path, first_iter)
+            else:  # a new run, or a branch of another
+                _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
+            with open(os.path.join(output_dir, "config.json"), "w") as file:
+                file.write(content)
+            # Unbuffered, so that `write` returns how much of a line is in the file.
+            self.file, self.unwritten = open(path, "ab", buffering=0), b""
+            with contextlib.suppress(ImportError):  # tensorboard is optional
+                from torch.utils.tensorboard import SummaryWriter
+
+                folder = os.path.join(output_dir, "tensorboard")
+                self.tensorboard = SummaryWriter(folder, purge_step=first_iter + 1, flush_secs=10)
+        except OSError as error:
+            raise CheckpointError(
+                f"train_config.output_dir={output_dir!r} cannot be written ({error}); free its "
+                f"disk, or give another"
+            ) from None
+        self.profiler = _profiler(train_config["profile_steps"], first_iter, output_dir)
 
     def queue(self, *args: Any, **kwargs: Any) -> Step:
         """Returns `Step(...)`, which ends with the kernels queued so far."""
@@ -326,25 +340,37 @@ def _write_trace(path: str, profiler: torch.profiler.profile) -> None:
         log(f"warning: {path} could not be written: {error}")
 
 
-def _cut_after(file: BinaryIO, step: int) -> None:
-    """Truncates a metrics.jsonl after the line of `step`, or before an incomplete line."""
-    file.seek(0)
-    end = 0
-    for line in file.readlines():
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
-        end += len(line)
-    file.truncate(end)
+def _cut_after(path: str, step: int) -> None:
+    """Leaves in a metrics.jsonl the steps up to `step`, each once; warns of damage and of a gap."""
+    with open(path, "rb+" if os.path.exists(path) else "wb+") as file:
+        content, found, damaged = file.read(), {}, []
+        *lines, last = content.split(b"\n")
+        for number, line in enumerate([*lines, last], start=1):
+            try:
+                found[operator.index(json.loads(line)["step"])] = line + b"\n"
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged += [number] if number <= len(lines) else []  # a killed run tears the last
+        steps = sorted(number for number in found if 1 <= number <= step)
+        kept = b"".join(found[number] for number in steps)
+        if not content.startswith(kept):
+            file.seek(0)
+            file.write(kept)
+        file.truncate(len(kept))
+    if damaged:
+        log(f"warning: damaged lines removed from {path}: {len(damaged)}, first line {damaged[0]}")
+    if missing := sorted({*range(min(steps, default=1), step + 1)} - {*steps}):
+        gap = f"{len(missing)}, first step {missing[0]}"
+        log(f"warning: steps up to {step} without a line in {path}: {gap}")
 
 
 def _keep_earlier(output_dir: str, names: list[str]) -> None:
     """Renames existing files to NAME.1, or the first number that is free for all of them."""
     number = 1
-    while any(os.path.exists(os.path.join(output_dir, f"{name}.{number}")) for name in names):
+    while any(os.path.lexists(os.path.join(output_dir, f"{name}.{number}")) for name in names):
         number += 1
     for name in names:
         path = os.path.join(output_dir, name)
-        if os.path.exists(path):
+        if os.path.lexists(path):
             os.rename(path, f"{path}.{number}")
 
 

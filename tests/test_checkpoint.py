@@ -339,6 +339,22 @@ def test_a_checkpoint_and_an_export_name_a_full_disk(
     assert os.listdir(small_disk) == ["filler"]
 
 
+def test_a_start_on_a_full_disk_is_one_sentence_and_changes_no_file(start, undisturbed, small_disk):
+    output_dir = shutil.copytree(undisturbed[1], small_disk / "run")
+    for old in checkpoints(str(output_dir))[1:]:
+        shutil.rmtree(old)
+    before = {name: (output_dir / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
+    fill(small_disk)
+    refused = start(f"train_config.train_iters={ITERS + 1}", output_dir=output_dir)
+    assert refused.exit_codes() == [1]
+    assert refused.said.splitlines()[-1] == (
+        f"error: train_config.output_dir='{output_dir}' cannot be written ([Errno 28] No space "
+        "left on device); free its disk, or give another"
+    )
+    for name, content in before.items():
+        assert (output_dir / name).read_bytes() == content
+
+
 def test_an_output_dir_that_cannot_be_written_ends_the_run_before_step_1(start, tmp_path):
     (tmp_path / "file").touch()
     refused = start(output_dir=tmp_path / "file" / "run")
@@ -458,7 +474,12 @@ def test_other_changes_are_allowed(undisturbed):
 
 def test_never_refuses_a_folder_with_a_run_and_auto_reports_a_finished_run(start, undisturbed):
     output_dir = undisturbed[1]
-    before = (output_dir / "metrics.jsonl").read_bytes()
+
+    def files():
+        found = [path for path in output_dir.rglob("*") if path.is_file() and path.name != "lock"]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+    before = files()
     refused = start("train_config.resume=never", output_dir=output_dir)
     assert refused.exit_codes() == [ERROR_CODE]
     assert f"train_config.output_dir={str(output_dir)!r} holds a run; give another" in refused.said
@@ -470,7 +491,7 @@ def test_never_refuses_a_folder_with_a_run_and_auto_reports_a_finished_run(start
     keys = "train_config.checkpoint_interval, train_config.optimizer_config.learning_rate"
     assert f"has all 12 steps, so a change of {keys} would train nothing" in changed.said
     assert f"an output_dir other than {str(output_dir)!r}" in changed.said
-    assert (output_dir / "metrics.jsonl").read_bytes() == before
+    assert files() == before
 
 
 def test_a_path_starts_a_branch_in_another_folder(start, undisturbed, tmp_path):

@@ -186,6 +186,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(torn, tmp_path, monkeypatch)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_run(tmp_path, 3)
+    (tmp_path / "step-00000001").mkdir()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
     now = time.time()
@@ -198,6 +199,68 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(torn, tmp_path, monkeypatch)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == steps
+
+
+def steps_and_losses(output_dir, name="metrics.jsonl"):
+    records = [json.loads(line) for line in (output_dir / name).open()]
+    return [(record["step"], record["loss"]) for record in records]
+
+
+@pytest.mark.parametrize(
+    "line, is_gap",
+    [
+        (b"\0" * 200, True),
+        (b"\xff\xfe", True),
+        (b"[" * 100_000, True),
+        (b"[]", True),
+        (b'{"step": "2"}', True),
+        (b"", False),
+    ],
+)
+def test_a_damaged_line_costs_that_line_and_is_said(line, is_gap, tmp_path, capsys):
+    """Also where it is an empty line that someone added."""
+    write_run(tmp_path, 4)
+    (tmp_path / "step-00000003").mkdir()
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    lines[1:2] = [line] if is_gap else [lines[1], line]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    capsys.readouterr()
+    write_run(tmp_path, 5, first_iter=3, loss=1.5)
+    expected = [(1, 2.5), (2, 2.5), (3, 2.5), (4, 1.5), (5, 1.5)]
+    if is_gap:
+        expected.remove((2, 2.5))
+    assert steps_and_losses(tmp_path) == expected
+    warnings = [said for said in capsys.readouterr().out.splitlines() if "warning" in said]
+    path, number = tmp_path / "metrics.jsonl", 2 if is_gap else 3
+    damage = f"warning: damaged lines removed from {path}: 1, first line {number}"
+    gap = f"warning: steps up to 3 without a line in {path}: 1, first step 2"
+    assert warnings == [damage, *[gap] * is_gap]
+
+
+def test_a_metrics_jsonl_that_ends_early_or_is_gone_is_said(tmp_path, capsys):
+    write_run(tmp_path, 2)
+    (tmp_path / "step-00000008").mkdir()
+    path = tmp_path / "metrics.jsonl"
+    write_run(tmp_path, 9, first_iter=8)
+    gap = f"warning: steps up to 8 without a line in {path}: "
+    assert f"{gap}6, first step 3\n" in capsys.readouterr().out
+    path.unlink()
+    write_run(tmp_path, 9, first_iter=8)
+    assert f"{gap}8, first step 1\n" in capsys.readouterr().out
+    assert steps_and_losses(tmp_path) == [(9, 2.5)]
+
+
+def test_a_branch_begins_with_its_own_steps_and_an_earlier_run_is_kept(tmp_path, capsys):
+    """The earlier run was killed before its first checkpoint; the branch starts from step 6."""
+    write_run(tmp_path, 7)
+    write_run(tmp_path, 8, first_iter=6, loss=1.5)
+    assert steps_and_losses(tmp_path) == [(7, 1.5), (8, 1.5)]
+    assert steps_and_losses(tmp_path, "metrics.jsonl.1") == [(step, 2.5) for step in range(1, 8)]
+    assert (tmp_path / "config.json.1").exists()
+    (tmp_path / "step-00000008").mkdir()
+    write_run(tmp_path, 9, first_iter=8, loss=1.0)
+    assert steps_and_losses(tmp_path) == [(7, 1.5), (8, 1.5), (9, 1.0)]
+    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
