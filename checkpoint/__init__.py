@@ -167,7 +167,7 @@ class Checkpointer:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         found = [None]
         if rank == 0:
-            remove_leftovers(self.train_config["output_dir"])
+            remove_leftovers(self.train_config["output_dir"], self.log)
             found = [find(self.config, self.restarts)]
         dist.broadcast_object_list(found, group=self.group)
         problems = [""] * world_size
@@ -269,7 +269,7 @@ class Checkpointer:
             return
         self.ever_failed = True
         if dist.get_rank() == 0 and os.path.lexists(temporary):
-            remove_partial(temporary)
+            remove_partial(temporary, self.log)
         failures = getattr(error, "failures", {})  # DCP's: {rank: (exception, traceback)}
         reasons = [f"rank {rank}: {failure!r}" for rank, (failure, _) in failures.items()]
         self.failure = (

@@ -126,20 +126,20 @@ def remove(path: str) -> None:
     shutil.rmtree(path + ".removed")
 
 
-def remove_partial(path: str) -> None:
+def remove_partial(path: str, log: Callable[[str], None]) -> None:
     """Removes the partial checkpoint of a killed run or a failed save; warns if it cannot."""
     try:
         check_own(path)
         shutil.rmtree(path)
     except (CheckpointError, OSError) as error:
-        print(f"warning: not removed: {error}", flush=True)
+        log(f"warning: not removed: {error}")
 
 
-def remove_leftovers(output_dir: str) -> None:
+def remove_leftovers(output_dir: str, log: Callable[[str], None]) -> None:
     """Removes the partial checkpoints of a killed run."""
     for name in os.listdir(output_dir):
         if re.fullmatch(STEP_NAME + r"\.(tmp|removed)", name):
-            remove_partial(os.path.join(output_dir, name))
+            remove_partial(os.path.join(output_dir, name), log)
 
 
 class Writer(dcp.FileSystemWriter):
