@@ -8,6 +8,7 @@ RUN_OR_STEP is a run's output_dir, which means its newest checkpoint, or a `step
 
 import argparse
 import json
+import os
 import sys
 
 import torch
@@ -63,10 +64,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("inspect").add_argument("path", metavar="RUN_OR_STEP")
-    exporting = commands.add_parser("export")
-    exporting.add_argument("path", metavar="RUN_OR_STEP")
-    exporting.add_argument("out_dir", metavar="OUT_DIR")
+    inspecting, exporting = commands.add_parser("inspect"), commands.add_parser("export")
+    for command in (inspecting, exporting):
+        command.add_argument("path", type=os.path.expanduser, metavar="RUN_OR_STEP")
+    exporting.add_argument("out_dir", type=os.path.expanduser, metavar="OUT_DIR")
     exporting.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     exporting.add_argument("--max-shard-gib", type=float, default=5.0)
     options = vars(parser.parse_args())

@@ -440,9 +440,9 @@ def main(arguments: list[str]) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="tokenize a corpus")
-    command.add_argument("inputs", nargs="+", metavar="INPUT")
-    command.add_argument("--tokenizer", required=True, metavar="T")
-    command.add_argument("--output", required=True, metavar="DIR")
+    command.add_argument("inputs", nargs="+", type=os.path.expanduser, metavar="INPUT")
+    command.add_argument("--tokenizer", required=True, type=os.path.expanduser, metavar="T")
+    command.add_argument("--output", required=True, type=os.path.expanduser, metavar="DIR")
     command.add_argument("--field", default="text", help="field with the text (default: text)")
     command.add_argument(
         "--end-of-text", metavar="TOKEN", help="last token of a document (default: T's eos_token)"
@@ -459,7 +459,7 @@ def main(arguments: list[str]) -> None:
         "--processes", type=int, default=os.cpu_count(), help="default: one per core"
     )
     command = commands.add_parser("verify", help="compare a prepared folder with its checksums")
-    command.add_argument("folder", metavar="DIR")
+    command.add_argument("folder", type=os.path.expanduser, metavar="DIR")
     options = vars(parser.parse_args(arguments))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated: nothing was written"))
     # An idle worker would not run this handler, and the pool would wait for the worker.

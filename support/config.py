@@ -5,6 +5,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -36,12 +37,14 @@ def _is_pair(value: Any) -> bool:
     return type(value) is tuple and len(value) == 2
 
 
+PATHS = ("source", "validation_source", "init_from", "output_dir", "resume")  # `~` is expanded
+
 # What a value must be, the test, and the keys.
 RULES = [
     (
         "text",
         lambda v: type(v) is str,
-        "source validation_source preset init_from output_dir resume",
+        " ".join(["preset", *PATHS]),
     ),
     ("true or false", lambda v: type(v) is bool, "skip_undecodable compile"),
     ("a dict of fields", lambda v: type(v) is dict and all(type(k) is str for k in v), "overrides"),
@@ -128,6 +131,8 @@ def resolve(arguments: list[str], world_size: int) -> list[str]:
         parallel_config["context_parallel_size"] = 1
     _check_layout(world_size)
     _check_validation()
+    for section in sections().values():
+        section |= {key: os.path.expanduser(section[key]) for key in PATHS if key in section}
     return notes
 
 

@@ -424,8 +424,8 @@ if __name__ == "__main__":
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--output", default="loss.png")
+    parser.add_argument("runs", nargs="+", type=os.path.expanduser, metavar="RUN")
+    parser.add_argument("--output", type=os.path.expanduser, default="loss.png")
     options = parser.parse_args()
     try:
         plot(options.runs, options.output)

@@ -121,6 +121,20 @@ def test_there_is_one_set_to_evaluate_on():
         resolve([*arguments, "data_config.validation_source=a.txt"], world_size=8)
 
 
+def test_a_tilde_in_any_path_is_the_home_folder(monkeypatch):
+    """Behind `KEY=` the shell leaves it as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [
+        "data_config.source",
+        "data_config.validation_source",
+        "model_config.init_from",
+        "train_config.output_dir",
+        "train_config.resume",
+    ]
+    resolve([f"{path}=~/x" for path in paths], world_size=8)
+    assert {flatten(sections())[path] for path in paths} == {"/home/me/x"}
+
+
 def test_clipping_can_be_switched_off():
     resolve(["train_config.optimizer_config.max_clip_grad_norm=inf"], world_size=8)
     optimizer_config = llama_pretrain_config.train_config["optimizer_config"]

@@ -10,7 +10,7 @@ from conftest import run
 from safetensors.torch import load_file
 
 from checkpoint import weights
-from checkpoint.__main__ import export
+from checkpoint.__main__ import export, main
 from configuration_llama import LlamaConfig
 from context_parallel.native import magi_attn_varlen_key
 from modeling_llama import LlamaForCausalLM
@@ -65,6 +65,17 @@ def test_an_export_to_a_folder_that_cannot_be_written_is_one_sentence(undisturbe
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/hf.tmp' cannot be created .Not a directory.; "):
         export(str(undisturbed[1]), str(tmp_path / "file" / "hf"), "float32", 5.0)
+
+
+def test_a_tilde_in_a_command_is_the_home_folder(undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(undisturbed[1].parent)
+    (tmp_path / "run").symlink_to(undisturbed[1])
+    for arguments in (["export", "~/run", "~/hf"], ["inspect", "~/run"]):
+        monkeypatch.setattr("sys.argv", ["checkpoint", *arguments])
+        main()
+        assert f"{tmp_path}/run/step-" in capsys.readouterr().out
+    assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"hidden_size": "64"}'])
