@@ -195,7 +195,7 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
         checksums = {name: meta["sha256"][name] for name in counts}
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read ({error.strerror}); {again}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}/meta.json is invalid ({error!r}); {again}") from None
     if (wanted := token_dtype(vocab_size)) != dtype:
         raise ValueError(

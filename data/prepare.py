@@ -204,7 +204,10 @@ def prepare(
         with open(os.path.join(partial, "meta.json"), "w") as file:
             json.dump(meta, file, indent=2)
         if encoder.tokenizer is not None:
-            encoder.tokenizer.save_pretrained(os.path.join(partial, "tokenizer"))
+            try:
+                encoder.tokenizer.save_pretrained(os.path.join(partial, "tokenizer"))
+            except Exception as error:  # of tokenizers, on a full disk, in place of an OSError
+                raise ValueError(f"--output {output} cannot be written: {error}") from None
         for folder, _, names in os.walk(partial):
             for name in {*names, "."} - {"lock"}:  # closing it would release the lock
                 _fsync(os.path.join(folder, name))

@@ -528,6 +528,7 @@ def flip_a_byte(path: Path) -> None:
     [
         (lambda d: os.remove(d / "meta.json"), "meta.json cannot be read (No such file"),
         (lambda d: (d / "meta.json").write_text('{"vocab'), "meta.json is invalid (JSONDecode"),
+        (lambda d: (d / "meta.json").write_text("[" * 100_000), "meta.json is invalid (Recursion"),
         (lambda d: (d / "meta.json").write_text("{}"), "meta.json is invalid (KeyError('vocab"),
         (
             lambda d: change_meta(d, dtype="uint32"),

@@ -362,6 +362,19 @@ def test_code_that_comes_with_a_tokenizer_never_runs(tmp_path):
     )
 
 
+def test_a_full_disk_is_named_where_the_tokenizer_is_kept(tmp_path, monkeypatch, tokenizer_json):
+    """The package tokenizers raises a plain Exception there."""
+    (tmp_path / "text.txt").write_text("text")
+
+    def fail(*_):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", fail)
+    with pytest.raises(ValueError, match="--output .*out cannot be written: No space left on dev"):
+        prepare([tmp_path / "text.txt"], tmp_path / "out", tokenizer_json, end_of_text="!")
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
 def test_a_data_set_of_the_hub_is_read_with_its_config(tmp_path, monkeypatch):
     """The hub itself is the one thing that a test cannot count on."""
     asked = []
