@@ -82,9 +82,8 @@ def load_api(backend: str) -> ModuleType:
 def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> tuple[Tensor, object]:
     """Attention of the local queries to all keys that they see, by the backend of the key.
 
-    q: [s, nh, hd]; k, v: [s, nkv, hd]. key: a runtime key, or in its place a function
-    (q, k, v) -> out (`support/recompute.py`). Returns out, [s, nh, hd], and magi_attention's meta
-    or None.
+    q: [s, nh, hd]; k, v: [s, nkv, hd]. key: a runtime key, or a function (q, k, v) -> out in its
+    place (`support/recompute.py`). Returns out, [s, nh, hd], and magi_attention's meta or None.
     """
     if callable(key):
         return key(q, k, v), None
