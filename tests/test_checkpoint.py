@@ -346,7 +346,7 @@ def test_a_start_on_a_full_disk_is_one_sentence_and_changes_no_file(start, undis
     before = {name: (output_dir / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
     fill(small_disk)
     refused = start(f"train_config.train_iters={ITERS + 1}", output_dir=output_dir)
-    assert refused.exit_codes() == [1]
+    assert refused.exit_codes() == [ERROR_CODE]
     assert refused.said.splitlines()[-1] == (
         f"error: train_config.output_dir='{output_dir}' cannot be written ([Errno 28] No space "
         "left on device); free its disk, or give another"
