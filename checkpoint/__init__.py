@@ -36,10 +36,10 @@ from .format import (
 
 # Keys, or their beginnings, that may not change on resume. All others may.
 FIXED = ("data", "data_config.", "llama_config.", "train_config.seed")
-# Except these, where a checkpoint has the fingerprints of its corpora: they may have moved.
+# Except these, if a checkpoint has the fingerprints of its corpora: the files may have moved.
 CORPORA = ("data", "data_config.source", "data_config.validation_source")
 # Keys of a run's place. They do not change its training.
-ELSEWHERE = (*CORPORA, "machine.", "train_config.output_dir", "train_config.resume")
+PLACE = ("machine.", "train_config.output_dir", "train_config.resume", "model_config.init_from")
 
 
 def find(config: dict[str, Any], restarts: int) -> list[str]:
@@ -94,7 +94,7 @@ def _config_changes(
     Raises CheckpointError for a key that may not change.
     """
     changes = list(_differences(manifest["config"], json.loads(json.dumps(config))))
-    may_move = CORPORA if "fingerprints" in manifest["config"] else ()
+    has_fingerprints = "fingerprints" in manifest["config"]
     for key, saved, new in changes:
         if key.startswith("fingerprints."):
             source = "source" if key == "fingerprints.train" else "validation_source"
@@ -102,7 +102,8 @@ def _config_changes(
                 f"data_config.{source}={config['data_config'][source]!r} does not hold the "
                 f"documents of {path}; restore them, or give another train_config.output_dir"
             )
-        if key.startswith(FIXED) and key not in may_move:
+        may_differ = key in CORPORA and (has_fingerprints or os.path.expanduser(saved) == new)
+        if key.startswith(FIXED) and not may_differ:
             raise CheckpointError(
                 f"{key}={new!r}, but {path} was trained with {saved!r}, and a run may not change "
                 f"this key; set it back, or give another train_config.output_dir"
@@ -182,7 +183,7 @@ class Checkpointer:
             for key, saved, new in changes:
                 self.log(f"resume: {key} {saved!r} -> {new!r}")
             step, train_iters = manifest["step"], self.train_config["train_iters"]
-            changed = [key for key, *_ in changes if not key.startswith(ELSEWHERE)]
+            changed = [key for key, *_ in changes if not key.startswith((*PLACE, *CORPORA))]
             if step == train_iters and changed:
                 raise CheckpointError(
                     f"{path} has all {train_iters} steps, so a change of {', '.join(changed)} "

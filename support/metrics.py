@@ -390,8 +390,13 @@ def plot(runs: list[str], output: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for run in runs:
         with open(os.path.join(run, "metrics.jsonl")) as file:
-            records = [json.loads(line) for line in file]
-        records = [record for record in records if record["loss"] is not None]
+            lines = file.readlines()
+        try:
+            records = [r for r in map(json.loads, lines) if r["loss"] is not None]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{run}/metrics.jsonl is damaged ({error!r}); resume the run"
+            ) from None
         if not records:
             raise ValueError(f"{run}: its metrics.jsonl has no step yet")
         axes.plot(

@@ -73,6 +73,9 @@ def lock_output_dir(output_dir: str) -> None:
     if rank() != 0:
         return
     locks.append(file := open(os.path.join(output_dir, "lock"), "a+"))
+    file.seek(0)
+    if (content := file.read(8)) and content != "process ":
+        raise ValueError(f"{file.name} is not a run's; move it, or give another output_dir")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)

@@ -25,7 +25,7 @@ import main
 from checkpoint.__main__ import inspect
 from checkpoint.format import CheckpointError, checkpoints, find_damage, read_manifest
 from data.corpus import open_corpus
-from support import preflight
+from support import preflight, process
 from support.config import resolve
 from support.process import ERROR_CODE
 
@@ -355,6 +355,15 @@ def test_a_start_on_a_full_disk_is_one_sentence_and_changes_no_file(start, undis
         assert (output_dir / name).read_bytes() == content
 
 
+def test_a_file_named_lock_that_is_the_user_s_stays(config, tmp_path):
+    (tmp_path / "lock").write_text("my notes")
+    with pytest.raises(
+        ValueError, match="lock is not a run's; move it, or give another output_dir"
+    ):
+        process.lock_output_dir(str(tmp_path))
+    assert (tmp_path / "lock").read_text() == "my notes"
+
+
 def test_an_output_dir_that_cannot_be_written_ends_the_run_before_step_1(start, tmp_path):
     (tmp_path / "file").touch()
     refused = start(output_dir=tmp_path / "file" / "run")
@@ -450,19 +459,36 @@ def test_a_moved_corpus_resumes_and_other_text_of_its_name_does_not(
         check(source)
 
 
-def test_a_checkpoint_without_fingerprints_resumes_by_the_spelling_of_its_corpus(
-    forged_run, config
+def test_a_checkpoint_without_fingerprints_resumes_by_the_path_of_its_corpus(
+    forged_run, monkeypatch
 ):
+    """It may have a tilde in its path."""
+    monkeypatch.setenv("HOME", "/home/me")
     manifest = read_manifest(newest(forged_run))
     del manifest["config"]["fingerprints"]
+    manifest["config"]["data_config"]["source"] = "~/corpus"
+    manifest["config"]["data"] = "~/corpus, 3 documents"
     manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
     (Path(newest(forged_run)) / "manifest.json").write_text(json.dumps(manifest))
     resumed = config_of(forged_run)
     resumed["train_config"]["output_dir"] = str(forged_run)
+    resumed["data_config"]["source"] = "/home/me/corpus"
+    resumed["data"] = "/home/me/corpus, 3 documents"
     checkpoint.check_resume(resumed)
-    resumed["data_config"]["source"] = "README.md"
-    with pytest.raises(CheckpointError, match="data_config.source='README.md', but .*'LICENSE'"):
+    resumed["data"] = "/home/me/corpus, 4 documents"
+    with pytest.raises(CheckpointError, match="data='/home/me/corpus, 4 documents', but "):
         checkpoint.check_resume(resumed)
+    resumed["data_config"]["source"] = "README.md"
+    with pytest.raises(CheckpointError, match="data_config.source='README.md', but .*'~/corpus'"):
+        checkpoint.check_resume(resumed)
+
+
+def test_a_finished_run_whose_inputs_moved_is_still_finished(undisturbed, config, cp_group):
+    checkpointer = build(undisturbed[1], f"data_config.source={ROOT / 'LICENSE'}")
+    checkpointer.config = config_of(undisturbed[1])
+    checkpointer.config["data_config"]["source"] = "moved"
+    checkpointer.config["model_config"]["init_from"] = "moved"
+    assert checkpointer.resume() == ITERS
 
 
 def test_other_changes_are_allowed(undisturbed):

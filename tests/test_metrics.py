@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import runpy
 import sys
 import time
 from types import MappingProxyType
@@ -286,3 +287,13 @@ def test_plot_draws_several_runs(tmp_path):
         write_run(tmp_path / name, 2)
     plot([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "loss.png"))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tilde_in_the_command_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["metrics", "~/run", "--output=~/loss.png"])
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run", 2)
+    with pytest.warns(RuntimeWarning, match="support.metrics"):  # it is imported already
+        runpy.run_module("support.metrics", run_name="__main__")
+    assert (tmp_path / "loss.png").exists()

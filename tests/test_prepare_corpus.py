@@ -604,11 +604,12 @@ def test_the_command_line_says_what_it_did_and_what_is_missing(tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
     assert "`pip install datasets transformers`" in result.stderr
-    result = run(*data, *arguments, tmp_path / "out")
+    arguments[1], home = "~/text.txt", {"HOME": str(tmp_path)}
+    result = run(*data, *arguments, "~/out", **home)
     said = f"{tmp_path / 'out'}: 1 documents, 501 tokens, 1.00 bytes per token, "
     assert result.stdout.startswith(said) and result.stdout.endswith(" tokens/s\n")
     assert "Tokenizing" in result.stderr  # the progress bar
-    assert "complete, and all checksums match" in run(*data, "verify", tmp_path / "out").stdout
+    assert "complete, and all checksums match" in run(*data, "verify", "~/out", **home).stdout
     with open(tmp_path / "out" / "tokens.bin", "r+b") as file:
         file.write(b"\x01")
     result = run(*data, "verify", tmp_path / "out", check=False)
