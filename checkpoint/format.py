@@ -113,7 +113,7 @@ def check_own(path: str | os.PathLike) -> None:
 
 
 def remove(path: str) -> None:
-    """Removes a checkpoint, or a link to one, but not what is behind the link.
+    """Removes a checkpoint. If `path` is a link, only the link is removed.
 
     The name disappears first, so a killed run leaves no part of it. Raises CheckpointError if the
     folder holds anything else.
