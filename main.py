@@ -38,7 +38,7 @@ from llama_pretrain_config import data_config, model_config, parallel_config, tr
 from modeling_llama import LlamaForCausalLM
 from support import metrics, stop
 from support.preflight import build_llama_config, collective_timeout, run_config, set_up
-from support.process import end_process, exit_with, log, rendezvous, restarts
+from support.process import end_process, exit_with, rendezvous, restarts
 from support.recompute import apply_compile, apply_recompute
 
 
@@ -276,7 +276,7 @@ def train(
     Raises FloatingPointError, with the weights unchanged, if a loss is not finite, and
     CheckpointError if a checkpoint cannot be read or written.
     """
-    config, eval_interval = run_config(sources), train_config["eval_interval"]
+    config, log, eval_interval = run_config(sources), stop.log, train_config["eval_interval"]
     checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, config, log, restarts())
     first_iter = checkpointer.resume()
     stop.defer()

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from checkpoint import CheckpointError, checkpoints
 from configuration_llama import LlamaConfig
 
-from .process import Watchdog, log, rank
+from .process import Watchdog, rank
+from .stop import log
 
 # Dense bf16 FLOP/s by words of `torch.cuda.get_device_name()`, NVIDIA's data sheets; first match.
 PEAK_FLOPS = {

@@ -23,7 +23,8 @@ from modeling_llama import LlamaForCausalLM
 
 from . import config as run_settings
 from . import metrics
-from .process import lock_output_dir, log, restarts
+from .process import lock_output_dir, restarts
+from .stop import log
 
 Sources = dict[str, TokenSource | RandomSource]
 

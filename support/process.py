@@ -21,13 +21,6 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def log(message: str) -> None:
-    """Prints on rank 0 only. A log that cannot be written does not end the run."""
-    if rank() == 0:
-        with contextlib.suppress(OSError):  # its reader has ended, or its disk is full
-            print(f"{message}\n", end="", flush=True)  # whole lines, also beside stop.py's
-
-
 def is_one_node() -> bool:
     """Returns whether all ranks are on this node."""
     return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")

@@ -3,6 +3,7 @@
 `main.py` calls `listen` before it imports torch, which takes seconds. So this module does not.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -40,6 +41,13 @@ def requested() -> bool:
     return bool(received)
 
 
+def log(message: str) -> None:
+    """Prints on rank 0 only. A log that cannot be written does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # its reader has ended, or its disk is full
+            print(f"{message}\n", end="", flush=True)  # whole lines, also from two threads
+
+
 def _noted(number: int, frame: object) -> None:
     """Does nothing: Python has written the signal's number to the pipe."""
 
@@ -54,21 +62,13 @@ def _react(reader: int) -> None:
 
 def _answer(number: int) -> None:
     if not deferred.is_set():
-        _say("stopped before training began")
+        log("stopped before training began")
         os._exit(0)
     if number == signal.SIGINT:
         if received.count(number) > 1:
-            _say("stopped without saving")
+            log("stopped without saving")
             os._exit(128 + number)
-        _say("stopping after this step; Ctrl-C again to leave without saving")
-
-
-def _say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        try:
-            print(f"{message}\n", end="", flush=True)
-        except OSError:
-            pass
+        log("stopping after this step; Ctrl-C again to leave without saving")
 
 
 def _end_as_usual() -> None:
