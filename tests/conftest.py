@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # All tests run on the CPU everywhere, except those of `pytest -m gpu`. torch is imported later.
-if "gpu" not in sys.argv:
+if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
