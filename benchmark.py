@@ -297,7 +297,6 @@ def run(options: argparse.Namespace) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ train_config = dict(
     seed=42,  # initial weights
     output_dir="runs/llama" if ON_GPU else "runs/tiny",  # config, metrics, checkpoints, TensorBoard
     resume="auto",  # newest checkpoint in output_dir; `never`; or the path of a run or checkpoint
+    continue_from="",  # a run or checkpoint: a new run begins with its weights and optimizer state
     checkpoint_interval=250 if ON_GPU else 50,  # steps between checkpoints; 0: only after the last
     keep_last=2,  # newest checkpoints to keep; 0: all
     on_checkpoint_failure="continue",  # or `stop`: after a failed save, such as on a full disk

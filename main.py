@@ -3,6 +3,7 @@
     python main.py                         # one process: a GPU, or a small model on a CPU
     torchrun --nproc-per-node 8 main.py    # one node of 8 GPUs
     bash run.sh                            # all GPUs of this machine, or two processes on a CPU
+    python main.py --evaluate              # the held-out loss of the newest checkpoint
 
 Edit llama_pretrain_config.py, or override its keys: `main.py data_config.seqlen=4096`.
 Shapes in comments: `S` tokens of a packed sequence, `s` = S / cp tokens of this rank's shard.
@@ -116,12 +117,9 @@ def build_optimizer(model: nn.Module, config: dict) -> tuple[torch.optim.Optimiz
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config["weight_decay"]},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     settings = config["learning_rate"], tuple(map(float, config["betas"])), config["eps"]
-    optimizer = torch.optim.AdamW(groups, *settings, fused=True)
+    optimizer = torch.optim.AdamW(groups, *settings, config["weight_decay"], fused=True)
     optimizer.found_inf = torch.zeros((), device=matrices[0].device)  # see `clip_gradients`
     warmup, floor = config["warmup_iters"], config["min_learning_rate_ratio"]
     decay_iters = max(1, train_config["train_iters"] - warmup)
@@ -165,8 +163,7 @@ def prepare_magi_attention(
     """Plans the attention of one packed sequence, and dispatches its tokens to the cp ranks.
 
     Returns this rank's (input_ids [s], labels [s], position_ids [s], runtime key), on its device.
-    Padding is token 0 with label -100. position_ids count from the start of each document.
-    magi_attention makes this a collective over the cp group.
+    Padding is token 0, label -100. position_ids count per document. A collective of the cp ranks.
     """
     api = context_parallel.load_api(parallel_config["context_parallel_backend"])
     group = device_mesh.get_group("cp")
@@ -279,6 +276,7 @@ def train(
     config, log, eval_interval = run_config(sources), stop.log, train_config["eval_interval"]
     checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, config, log, restarts())
     first_iter = checkpointer.resume()
+    sources["train"].first_row = config["first_row"]
     stop.defer()
     stream = Stream() if device_mesh.device_type == "cuda" else None
     prepare = partial(prepare_batch, sources["train"], device_mesh, model.config, stream)
@@ -328,7 +326,7 @@ def train(
 
 
 def main(arguments: list[str]) -> None:
-    """Sets up and trains. An error that a user can correct is one sentence."""
+    """Sets up, and trains or evaluates. An error that a user can correct is one sentence."""
     try:
         sources = set_up(arguments)
     except ValueError as error:
@@ -338,11 +336,13 @@ def main(arguments: list[str]) -> None:
     model = parallelize_model(build_llama_model(), device_mesh)
     optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
     try:
-        train(model, optimizer, lr_scheduler, device_mesh, sources, train_config["train_iters"])
+        if "train" in sources:
+            train(model, optimizer, lr_scheduler, device_mesh, sources, train_config["train_iters"])
+        else:  # --evaluate
+            checkpoint.load_model(model, run_config(sources), stop.log)
+            metrics.log_evaluation(evaluate(model, sources["validation"], device_mesh))
     except (FloatingPointError, checkpoint.CheckpointError, DataError) as error:
         exit_with(error)
-    dist.barrier()  # other ranks' threads may still need this one
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

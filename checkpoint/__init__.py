@@ -39,27 +39,65 @@ FIXED = ("data", "data_config.", "llama_config.", "train_config.seed")
 # Except these, if a checkpoint has the fingerprints of its corpora: the files may have moved.
 CORPORA = ("data", "data_config.source", "data_config.validation_source")
 # Keys of a run's place. They do not change its training.
-PLACE = ("machine.", "train_config.output_dir", "train_config.resume", "model_config.init_from")
+PLACE = (
+    "machine.",
+    "train_config.output_dir",
+    "train_config.resume",
+    "train_config.continue_from",
+    "model_config.init_from",
+)
+# Fields of the model that a new stage may change: no weight depends on them.
+FREE_FIELDS = (
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rms_norm_eps",
+    "initializer_range",
+    "is_causal",
+)
 
 
-def find(config: dict[str, Any], restarts: int) -> list[str]:
-    """Returns the checkpoints from which a run may resume, the newest first; none to start anew.
+def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
+    """Returns the checkpoints that a run may load, the newest first, and whether it resumes them.
 
-    config: the run's, with `train_config.resume`. restarts: the number of restarts by torchrun; a
-    restarted run ignores `resume` if it has checkpoints of its own.
+    There are none if the run starts anew. It does not resume checkpoints of
+    `train_config.continue_from`: a new run begins with their weights and optimizer state.
+
+    config: the run's. restarts: the number of restarts by torchrun; a restarted run ignores
+    `resume` if it has checkpoints of its own.
     Raises CheckpointError if the run would lose or mix up files in output_dir.
     """
-    resume, output_dir = config["train_config"]["resume"], config["train_config"]["output_dir"]
-    own = checkpoints(output_dir)
-    if resume == "auto" or (restarts and own):
-        return own
+    train_config = config["train_config"]
+    resume, output_dir = train_config["resume"], train_config["output_dir"]
+    continue_from, own = train_config["continue_from"], checkpoints(output_dir)
+    if continue_from:
+        if resume not in ("auto", "never"):
+            raise CheckpointError(
+                f"train_config.resume={resume!r} and continue_from={continue_from!r} exclude each "
+                f"other: the first resumes a run, the second begins a new one; give one"
+            )
+        path = os.path.realpath(continue_from)
+        if os.path.realpath(output_dir) in (path, os.path.dirname(path)):
+            raise CheckpointError(
+                f"train_config.continue_from={continue_from!r} lies in train_config.output_dir, "
+                f"but begins a new run; give another output_dir"
+            )
+    if own and (resume == "auto" or restarts):
+        return own, True
     if resume == "never":
         if not restarts and (own or os.path.exists(os.path.join(output_dir, "metrics.jsonl"))):
             raise CheckpointError(
                 f"train_config.resume='never', but train_config.output_dir={output_dir!r} holds a "
                 f"run; give another output_dir, remove this one, or set resume='auto'"
             )
-        return []
+    if resume in ("auto", "never"):
+        found = checkpoints(continue_from) if continue_from else []
+        if continue_from and not found:
+            raise CheckpointError(
+                f"train_config.continue_from={continue_from!r} holds no checkpoint; give the "
+                f"output_dir of a run, or one step-... folder in it"
+            )
+        return found, False
     found = checkpoints(resume)
     if not found:
         raise CheckpointError(
@@ -71,17 +109,62 @@ def find(config: dict[str, Any], restarts: int) -> list[str]:
             f"train_config.resume={resume!r}, but the newest checkpoint in train_config.output_dir "
             f"is {own[0]}; give another output_dir, or set resume='auto' to resume from it"
         )
-    return found
+    return found, True
+
+
+def _find_complete(
+    config: dict[str, Any],
+    restarts: int,
+    log: Callable[[str], None],
+    group: dist.ProcessGroup | None = None,
+) -> tuple[str, bool]:
+    """Returns the newest complete checkpoint that `find` returns, or "", and whether it is resumed.
+
+    The ranks share the reading of its files. A collective over the group, on the CPU.
+    Raises CheckpointError if all are damaged.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found = [find(config, restarts) if rank == 0 else None]
+    dist.broadcast_object_list(found, group=group)
+    paths, resumes = found[0]
+    problems = [""] * world_size
+    for path in paths:
+        dist.all_gather_object(problems, find_damage(path, rank, world_size), group=group)
+        if not any(problems):
+            return path, resumes
+        log(f"warning: {path} is damaged and skipped: {max(problems)}")
+    if paths:
+        raise CheckpointError(
+            f"all checkpoints are damaged: {', '.join(paths)}; give another "
+            f"train_config.output_dir to start anew"
+        )
+    return "", resumes
+
+
+def load_model(model: nn.Module, config: dict[str, Any], log: Callable[[str], None]) -> None:
+    """Fills a sharded model from the newest complete checkpoint that `find` returns, if any.
+
+    config, log: as for `Checkpointer`. A collective over all ranks.
+    Raises CheckpointError if all are damaged, or if the model has another shape.
+    """
+    path, _ = _find_complete(config, 0, log)
+    if path:
+        _check_model(path, read_manifest(path), config)
+        Reader(path).load({"model": weights.model_state(model)})
+    log(f"weights: {path or config['model_config']['init_from']}")
 
 
 def check_resume(config: dict[str, Any], restarts: int = 0) -> None:
-    """Raises CheckpointError if a run with this config cannot resume. It reads only manifests."""
-    for path in find(config, restarts):
+    """Raises CheckpointError if a run with this config cannot resume, or cannot continue from its
+    `continue_from`. It reads only manifests.
+    """
+    paths, resumes = find(config, restarts)
+    for path in paths:
         try:
             manifest = read_manifest(path)
         except CheckpointError:
             continue  # `Checkpointer.resume` warns of it
-        _config_changes(path, manifest, config)
+        (_config_changes if resumes else _check_model)(path, manifest, config)
         return
 
 
@@ -114,6 +197,31 @@ def _config_changes(
             f"more steps; raise train_iters, or give another train_config.output_dir"
         )
     return changes
+
+
+def _check_model(path: str, manifest: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises CheckpointError if the checkpoint's weights do not fit the config's model."""
+    saved, new = manifest["config"]["llama_config"], config["llama_config"]
+    for key, value, wanted in _differences(saved, new):
+        if key.partition(".")[0] not in FREE_FIELDS:
+            raise CheckpointError(
+                f"llama_config.{key}={wanted!r}, but {path} was trained with {value!r}; set "
+                f"model_config to the checkpoint's, or give another checkpoint"
+            )
+
+
+def _next_row(saved: dict[str, Any], config: dict[str, Any], step: int) -> int:
+    """Returns the row of the data with which a run begins that continues from `step` of another.
+
+    saved, config: of the other run, and of this one. With the same documents, seed and seqlen,
+    the rows continue, so that none is trained on twice. Otherwise the first row is 0.
+    """
+    same = saved.get("fingerprints", {}).get("train") == config["fingerprints"]["train"] and all(
+        saved["data_config"].get(key) == config["data_config"][key]
+        for key in ("random_document_length", "validation_fraction", "seqlen", "seed")
+    )
+    batch_size = saved["data_config"]["batch_size"]
+    return saved.get("first_row", 0) + step * batch_size if same else 0
 
 
 def _differences(saved: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -161,45 +269,51 @@ class Checkpointer:
         return bool(self.failure) and self.train_config["on_checkpoint_failure"] == "stop"
 
     def resume(self) -> int:
-        """Resumes from the newest complete checkpoint that `find` returns; returns its step, or 0.
+        """Loads the newest complete checkpoint that `find` returns; returns its step.
 
+        Without one, and if it only begins a new run, it returns 0. It sets the config's
+        "first_row", the row of the data with which the run began.
         Raises CheckpointError if all checkpoints are damaged, or if the config does not fit.
         """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        found = [None]
-        if rank == 0:
+        if dist.get_rank() == 0:
             remove_leftovers(self.train_config["output_dir"], self.log)
-            found = [find(self.config, self.restarts)]
-        dist.broadcast_object_list(found, group=self.group)
-        problems = [""] * world_size
-        for path in found[0]:
-            problem = find_damage(path, rank, world_size)
-            dist.all_gather_object(problems, problem, group=self.group)
-            if any(problems):
-                self.log(f"warning: {path} is damaged and skipped: {max(problems)}")
-                continue
-            manifest = read_manifest(path)
-            changes = _config_changes(path, manifest, self.config)
-            for key, saved, new in changes:
-                self.log(f"resume: {key} {saved!r} -> {new!r}")
-            step, train_iters = manifest["step"], self.train_config["train_iters"]
-            changed = [key for key, *_ in changes if not key.startswith((*PLACE, *CORPORA))]
-            if step == train_iters and changed:
-                raise CheckpointError(
-                    f"{path} has all {train_iters} steps, so a change of {', '.join(changed)} "
-                    f"would train nothing; raise train_config.train_iters, or give an output_dir "
-                    f"other than {self.train_config['output_dir']!r}"
-                )
-            self._load(path, manifest)
-            done = "; all its steps are done" if step == train_iters else ""
-            self.log(f"resume: {path}, step {step} of {train_iters}{done}")
-            return step
-        if found[0]:
+        self.config["first_row"] = 0
+        path, resumes = _find_complete(self.config, self.restarts, self.log, self.group)
+        if not path:
+            return 0
+        manifest = read_manifest(path)
+        if not resumes:
+            self._continue(path, manifest)
+            return 0
+        changes = _config_changes(path, manifest, self.config)
+        for key, saved, new in changes:
+            self.log(f"resume: {key} {saved!r} -> {new!r}")
+        step, train_iters = manifest["step"], self.train_config["train_iters"]
+        changed = [key for key, *_ in changes if not key.startswith((*PLACE, *CORPORA))]
+        if step == train_iters and changed:
             raise CheckpointError(
-                f"all checkpoints are damaged: {', '.join(found[0])}; give another "
-                f"train_config.output_dir to start anew"
+                f"{path} has all {train_iters} steps, so a change of {', '.join(changed)} "
+                f"would train nothing; raise train_config.train_iters, or give an output_dir "
+                f"other than {self.train_config['output_dir']!r}"
             )
-        return 0
+        self._load(path, manifest)
+        self._load_schedule(manifest)
+        self.config["first_row"] = manifest["config"].get("first_row", 0)
+        done = "; all its steps are done" if step == train_iters else ""
+        self.log(f"resume: {path}, step {step} of {train_iters}{done}")
+        return step
+
+    def _continue(self, path: str, manifest: dict[str, Any]) -> None:
+        """Begins a new run with the weights and the optimizer state of another one."""
+        _check_model(path, manifest, self.config)
+        self._load(path, manifest)
+        saved, step = manifest["config"], manifest["step"]
+        self.config["first_row"] = first_row = _next_row(saved, self.config, step)
+        for key, old, new in _differences(saved, json.loads(json.dumps(self.config))):
+            if not key.startswith((*PLACE, "first_row")):
+                self.log(f"continue: {key} {old!r} -> {new!r}")
+        rows = f"row {first_row:,} of the same data" if first_row else "the first row of the data"
+        self.log(f"continue: a new run begins with {path}, step {step}, and with {rows}")
 
     def is_any_stopping(self, requested: bool) -> bool:
         """Returns whether the run has to save and end after this step. A collective, on the CPU.
@@ -305,13 +419,15 @@ class Checkpointer:
         set_optimizer_state_dict(
             self.model, self.optimizer, {"state": state["optimizer"], "param_groups": groups}
         )
+        for name, generator_state in state["rng"].items():
+            cuda = name.startswith("cuda")
+            (torch.cuda.set_rng_state if cuda else torch.set_rng_state)(generator_state)
+
+    def _load_schedule(self, manifest: dict[str, Any]) -> None:
         schedule = manifest["lr_scheduler"]
         schedule |= {"base_lrs": self.lr_scheduler.base_lrs, "last_epoch": manifest["step"] - 1}
         self.lr_scheduler.load_state_dict(schedule)
         self.lr_scheduler.step()
-        for name, generator_state in state["rng"].items():
-            cuda = name.startswith("cuda")
-            (torch.cuda.set_rng_state if cuda else torch.set_rng_state)(generator_state)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ The stream is endless. Each epoch holds every document of a corpus (corpus.py) o
 order. The stream is cut into rows of `seqlen` tokens: long documents are cut, and short documents
 are packed. An epoch's rows are shuffled, so a batch seldom holds neighbours. Each row is used once:
 no token of an epoch is dropped or repeated. Any rank can build any row without building others.
-Step n, from 0, uses the rows n x batch_size to (n + 1) x batch_size - 1.
+Step n, from 0, uses the rows n x batch_size to (n + 1) x batch_size - 1, counted from `first_row`.
 """
 
 import functools
@@ -44,7 +44,7 @@ class TokenSource:
     """Builds rows from all or some documents of a corpus.
 
     starts, lengths: [documents], int64: each document's first token in the corpus, and its length.
-    description: one line for the log.
+    description: one line for the log. first_row: the run's first, counted in the stream.
     """
 
     corpus: Corpus
@@ -52,6 +52,7 @@ class TokenSource:
     lengths: np.ndarray
     seed: int
     description: str
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         self.num_tokens = int(self.lengths.sum())  # per epoch
@@ -68,7 +69,7 @@ class TokenSource:
         labels = np.full((num_rows, seqlen), IGNORED_LABEL, dtype=np.int64)
         document_lengths = []
         for row in range(num_rows):
-            position, filled = self._row_position(first_row + row, seqlen), 0
+            position, filled = self._row_position(self.first_row + first_row + row, seqlen), 0
             while filled < seqlen:
                 epoch, offset = divmod(position + filled, self.num_tokens)
                 order, ends = self.epoch_order(epoch)
@@ -133,6 +134,7 @@ class RandomSource:
     vocab_size: int
     seed: int
     document_length: int  # tokens; 0: a row is one document
+    first_row: int = 0
 
     @property
     def description(self) -> str:
@@ -143,7 +145,7 @@ class RandomSource:
         """Returns the rows first_row to first_row + num_rows - 1 of the run."""
         tokens, labels = (np.empty((num_rows, seqlen), dtype=np.int64) for _ in range(2))
         for row in range(num_rows):
-            rng = np.random.default_rng([self.seed, first_row + row])
+            rng = np.random.default_rng([self.seed, self.first_row + first_row + row])
             tokens[row] = rng.integers(self.vocab_size, size=seqlen)
             labels[row] = rng.integers(self.vocab_size, size=seqlen)
         length = min(self.document_length or seqlen, seqlen)

@@ -37,7 +37,8 @@ def _is_pair(value: Any) -> bool:
     return type(value) is tuple and len(value) == 2
 
 
-PATHS = ("source", "validation_source", "init_from", "output_dir", "resume")  # `~` is expanded
+# `~` is expanded in these.
+PATHS = ("source", "validation_source", "init_from", "output_dir", "resume", "continue_from")
 
 # What a value must be, the test, and the keys.
 RULES = [
@@ -111,10 +112,11 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def resolve(arguments: list[str], world_size: int) -> list[str]:
+def resolve(arguments: list[str], world_size: int, evaluates: bool = False) -> list[str]:
     """Writes the overrides into the dicts of llama_pretrain_config.py and checks the result.
 
     arguments: `SECTION.KEY=VALUE` each. A value is parsed as the type of the default.
+    evaluates: whether the run only evaluates.
 
     Returns lines for the log: what was changed for this world size. Raises ValueError, one
     sentence, for a value that cannot be trained, whether in the file or on the command line.
@@ -130,7 +132,7 @@ def resolve(arguments: list[str], world_size: int) -> list[str]:
         )
         parallel_config["context_parallel_size"] = 1
     _check_layout(world_size)
-    _check_validation()
+    _check_validation(evaluates)
     for section in sections().values():
         section |= {key: os.path.expanduser(section[key]) for key in PATHS if key in section}
     return notes
@@ -212,17 +214,19 @@ def _check_layout(world_size: int) -> None:
         )
 
 
-def _check_validation() -> None:
+def _check_validation(evaluates: bool) -> None:
     fraction, source = data_config["validation_fraction"], data_config["validation_source"]
     if fraction and source:
         raise ValueError(
             f"data_config.validation_fraction={fraction} and validation_source={source!r} exclude "
             f"each other; set one"
         )
-    if train_config["eval_interval"] and not (fraction or source):
+    interval = train_config["eval_interval"]
+    if (interval or evaluates) and not (fraction or source):
+        name = "--evaluate" if evaluates else f"train_config.eval_interval={interval}"
         raise ValueError(
-            f"train_config.eval_interval={train_config['eval_interval']} needs documents to "
-            f"evaluate on; set data_config.validation_fraction or validation_source"
+            f"{name} needs documents to evaluate on; set data_config.validation_fraction or "
+            f"validation_source"
         )
 
 

@@ -291,6 +291,13 @@ class MetricsWriter:
                     file.close()
 
 
+def log_evaluation(eval_loss: float) -> None:
+    """Logs the result of `--evaluate`. eval_loss: in nats per label, NaN if no label counts."""
+    perplexity = math.exp(eval_loss) if eval_loss < 700 else math.inf
+    result = f"{eval_loss:.4f}  eval_perplexity: {perplexity:.2f}"
+    log(f"eval_loss: {NO_LABELS if math.isnan(eval_loss) else result}")
+
+
 def format_step(record: dict[str, Any], train_iters: int) -> str:
     """Returns the log line of one step: a fixed order, with units."""
 

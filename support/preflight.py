@@ -27,12 +27,14 @@ from .process import lock_output_dir, restarts
 from .stop import log
 
 Sources = dict[str, TokenSource | RandomSource]
+EVALUATE = "--evaluate"
 
 
 def set_up(arguments: list[str]) -> Sources:
     """Resolves and checks the config, and logs what will run; returns the opened data.
 
-    arguments: `SECTION.KEY=VALUE` each, or `--help`, which ends the process.
+    arguments: `SECTION.KEY=VALUE` each; `--evaluate`, which opens only the validation data; or
+    `--help`, which ends the process.
 
     Raises ValueError, one sentence, for a mistake of the user, before the process group exists.
     """
@@ -41,10 +43,12 @@ def set_up(arguments: list[str]) -> Sources:
         if os.environ["LOCAL_RANK"] == "0":
             print(run_settings.describe())
         sys.exit()
-    notes = run_settings.resolve(arguments, int(os.environ["WORLD_SIZE"]))
+    evaluates = EVALUATE in arguments
+    overrides = [argument for argument in arguments if argument != EVALUATE]
+    notes = run_settings.resolve(overrides, int(os.environ["WORLD_SIZE"]), evaluates)
     notes += [f"attention: {line}" for line in choose_backend()]
     check_machine()
-    sources = open_sources()
+    sources = open_sources(evaluates)
     check_files(sources)
     log_run(sources, notes)
     return sources
@@ -100,11 +104,12 @@ def check_machine() -> None:
         )
 
 
-def open_sources() -> Sources:
+def open_sources(only_evaluates: bool = False) -> Sources:
     """Opens the data: "train", and "validation" if the run evaluates."""
-    vocab_size = build_llama_config().vocab_size
-    sources = {"train": open_source("train", vocab_size, 1, **data_config)}
-    if train_config["eval_interval"]:
+    vocab_size, sources = build_llama_config().vocab_size, {}
+    if not only_evaluates:
+        sources["train"] = open_source("train", vocab_size, 1, **data_config)
+    if train_config["eval_interval"] or only_evaluates:
         num_batches = train_config["eval_iters"]
         sources["validation"] = open_source("validation", vocab_size, num_batches, **data_config)
     return sources
@@ -115,7 +120,7 @@ def run_config(sources: Sources) -> dict[str, Any]:
     return {
         **run_settings.sections(),
         "llama_config": asdict(build_llama_config()),
-        "data": sources["train"].description,
+        "data": next(iter(sources.values())).description,
         "fingerprints": {
             name: source.corpus.fingerprint if isinstance(source, TokenSource) else "random"
             for name, source in sources.items()
@@ -125,12 +130,21 @@ def run_config(sources: Sources) -> dict[str, Any]:
 
 
 def check_files(sources: Sources) -> None:
-    """Checks `init_from`, locks output_dir, and checks that the run can resume from it."""
+    """Checks `init_from`, locks output_dir, and checks that the run can resume from it.
+
+    A run that only evaluates needs weights, and changes nothing in output_dir.
+    """
     if model_config["init_from"]:
         with torch.device("meta"):
             weights.check_weights(LlamaForCausalLM(build_llama_config()), model_config["init_from"])
-    lock_output_dir(train_config["output_dir"])
-    checkpoint.check_resume(run_config(sources), restarts())
+    if "train" in sources:
+        lock_output_dir(train_config["output_dir"])
+        checkpoint.check_resume(run_config(sources), restarts())
+    elif not (model_config["init_from"] or checkpoint.find(run_config(sources), 0)[0]):
+        raise ValueError(
+            f"{EVALUATE} finds no weights: train_config.output_dir={train_config['output_dir']!r} "
+            f"holds no checkpoint; give a run's, or a Hugging Face folder in model_config.init_from"
+        )
 
 
 def log_run(sources: Sources, notes: list[str]) -> None:

@@ -132,11 +132,14 @@ def exit_with(error: Exception) -> NoReturn:
 
 
 def end_process() -> NoReturn:
-    """Ends this process with exit code 0, without Python's own shutdown.
+    """Ends this process, and its process group, with exit code 0, without Python's own shutdown.
 
     gloo's thread frees a collective's tensors after the collective. It needs the GIL for that, and
     aborts the process if Python is shutting down.
     """
+    if dist.is_initialized():
+        dist.barrier()  # other ranks' threads may still need this one
+        dist.destroy_process_group()
     for file in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             file.flush()

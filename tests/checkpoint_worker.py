@@ -47,7 +47,7 @@ def work(rank: int, world_size: int, port: int, arguments: list[str], output, ki
     import torch
 
     import main
-    from support import stop
+    from support import process, stop
 
     torch.set_num_threads(1)
     (output_dir,) = (re.findall(r"output_dir=(.*)", "\n".join(arguments)) or [""])[-1:]
@@ -64,6 +64,7 @@ def work(rank: int, world_size: int, port: int, arguments: list[str], output, ki
         sys.addaudithook(count)
     stop.listen()
     main.main(arguments)
+    process.end_process()
 
 
 class Run:
