@@ -2,6 +2,7 @@
 
     python -m checkpoint inspect RUN_OR_STEP          # checks it; prints step, sizes and config
     python -m checkpoint export RUN_OR_STEP OUT_DIR   # a folder for transformers' from_pretrained
+    python -m checkpoint sample RUN_OR_STEP --prompt TEXT   # writes text after a prompt
 
 RUN_OR_STEP is a run's output_dir, which means its newest checkpoint, or a `step-00000100` in it.
 """
@@ -39,6 +40,42 @@ def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
         int(max_shard_gib * 2**30),
     )
     print(f"{path} -> {out_dir}: {len(sizes)} tensors in {dtype}, {files} files")
+
+
+def sample(path: str, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Prints a prompt and what the model of a checkpoint writes after it.
+
+    tokens: at the most; a text also ends with the end-of-text token. temperature: 0 takes the most
+    likely token each time. transformers' own Llama writes, on the GPU if there is one.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"{error}; to sample, `pip install transformers`") from None
+    path = newest_complete(path)
+    config = read_manifest(path)["config"]
+    llama_config = LlamaConfig(**config["llama_config"])
+    if not llama_config.is_causal:
+        raise ValueError(f"{path} was trained with is_causal=False, and cannot write text")
+    encode, decode, end = text_codec(path, config)
+    if not (ids := encode(prompt)):
+        raise ValueError("--prompt '' has no token; give a text")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config.to_hf()))
+    parameters = {k: v.data for k, v in model.named_parameters()}  # a tied head has no name of its own
+    Reader(path).load({"model": parameters}, no_dist=True)
+    model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    input_ids = torch.tensor([ids], device=device)
+    written = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        eos_token_id=end,
+        pad_token_id=end[0] if end else 0,
+    )
+    print(decode(written[0].tolist()))
 
 
 def inspect(path: str) -> None:
