@@ -38,6 +38,7 @@ from .corpus import (
     OTHER_FILES,
     extension,
     find_files,
+    is_prepared,
     read_prepared,
     read_text,
     sha256,
@@ -471,8 +472,12 @@ def main(arguments: list[str]) -> None:
         if options.pop("command") == "prepare":
             prepare(**options)
         else:
-            read_prepared(options["folder"], checked_bytes=float("inf"))
-            print(f"{options['folder']}: complete, and all checksums match")
+            folder = options["folder"]
+            if not is_prepared(folder):
+                path = os.path.abspath(os.path.join(folder, "meta.json"))
+                raise ValueError(f"DIR={folder!r} is not a prepared folder: there is no {path}")
+            read_prepared(folder, checked_bytes=float("inf"))
+            print(f"{folder}: complete, and all checksums match")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
