@@ -272,10 +272,11 @@ def find_files(key: str, name: str) -> list[str]:
     else:
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
-        where = "" if os.path.isabs(pattern) else f" in {os.getcwd()}"
+        random = ", or 'random'" if key == "data_config.source" else ""
+        where = "" if os.path.isabs(pattern) else f" (looked in {os.getcwd()})"
         raise ValueError(
-            f"{key}={name!r} names no file{where}; it must be 'python-stdlib', a path, a folder or "
-            f"a glob" + (", or 'random'" if key == "data_config.source" else "")
+            f"{key}={name!r} names no file; it must be 'python-stdlib', a path, a folder or a glob"
+            f"{random}{where}"
         )
     return paths
 

@@ -347,7 +347,9 @@ def _open_hub(name: str, field: str, skip_undecodable: bool) -> tuple[Any, Calla
         dataset = datasets.load_dataset(repository, config or None, split="train")
     except Exception as error:  # of many types: no network, no such name, no such config
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"INPUT={name!r} is neither a file nor a dataset: {reason}") from None
+        raise ValueError(
+            f"INPUT={name!r} is neither a file nor a dataset: {reason}; looked in {os.getcwd()}"
+        ) from None
     check_columns(dataset.column_names, name, field)
 
     def read(batch: dict[str, list], left_out: list[str]) -> Iterator[str]:

@@ -325,7 +325,7 @@ class MetricsWriter:
 
     def _result(self) -> str:
         """Returns the last line of a run: the last step's loss, the tokens of all its steps, the
-        time since this start, the newest checkpoint, and the next command.
+        time of this start, the newest checkpoint, and the next command.
         """
         parts = [f"loss {_number(self.record['loss'], '.4f', NO_LABELS)}"]
         if "eval_loss" in self.record:
@@ -333,6 +333,7 @@ class MetricsWriter:
         parts.append(f"{self.train_iters * self.tokens_per_step:,} tokens")
         since = f" since step {self.first_iter}" if self.first_iter else ""
         parts.append(_duration(time.perf_counter() - self.started) + since)
+        parts.append(f"peak memory {self.record['peak_memory_gib']:.2f} GiB")
         parts.append(checkpoints(self.output_dir)[0])
         command = f"python -m checkpoint export {shlex.quote(self.output_dir)} hf-model"
         return f"done: {', '.join(parts)}; next: {command}"
