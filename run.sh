@@ -7,7 +7,7 @@
 #
 # Environment: GPUS_PER_NODE (default: the GPUs that are there, or 2 processes on the CPU), NNODES
 # (or WORLD_SIZE, as some schedulers set it; default 1), NODE_RANK (or RANK, or SLURM_NODEID; default
-# 0), MASTER_ADDR (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port),
+# 0; ignored on a single node), MASTER_ADDR (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port),
 # MAX_RESTARTS (default 0: how often torchrun starts all processes again after one of them failed).
 #
 # INT (Ctrl-C), TERM, USR1 and HUP make the run save and end with exit code 0. nohup works as usual.
@@ -45,9 +45,7 @@ if ((gpus > 0)); then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
-if ((nodes == 1)); then
-  node_rank=0 # a scheduler's number of this node does not matter
-fi
+((nodes > 1)) || node_rank=0
 if ((nodes == 1)) && [[ -z $port ]]; then
   rendezvous=(--standalone)
 else
@@ -72,9 +70,10 @@ for signal in INT TERM USR1 HUP; do
   # shellcheck disable=SC2064  # the signal's name now, not later
   trap "forward $signal" "$signal"
 done
+# Without stdin: whatever asks the terminal in this process group would be stopped.
 set -m # a process group of its own: the terminal's Ctrl-C does not reach torchrun
 python -m support.launch "${rendezvous[@]}" --nproc-per-node "$processes" \
-  --max-restarts "$max_restarts" --signals-to-handle SIGTERM,SIGINT,SIGQUIT main.py "$@" </dev/null & # a process that asks the terminal would be stopped
+  --max-restarts "$max_restarts" --signals-to-handle SIGTERM,SIGINT,SIGQUIT main.py "$@" </dev/null &
 launcher=$!
 set +m
 if ((nodes > 1)); then

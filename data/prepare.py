@@ -83,6 +83,8 @@ class Encoder:
             reason = str(error).strip().split("\n")[0]
             if "trust_remote_code" in str(error):
                 reason = "it needs code of its own, which never runs; give a tokenizer.json"
+            elif not os.path.exists(name):
+                reason += f" (looked in {os.getcwd()})"
             raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
         vocabulary = self.tokenizer.get_vocab()
         if end_of_text is None:

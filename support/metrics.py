@@ -322,6 +322,8 @@ class MetricsWriter:
             log(format_step(record, self.train_iters, step * self.tokens_per_step, left))
         if "eval_loss" in record:
             log(format_evaluation(record, self.train_iters))
+        if step == self.first_iter + 2:  # the first one has no optimizer state
+            log(f"memory: {record['peak_memory_gib']:.2f} GiB at the peak of the first two steps")
 
     def _result(self) -> str:
         """Returns the last line of a run: the last step's loss, the tokens of all its steps, the
@@ -333,7 +335,6 @@ class MetricsWriter:
         parts.append(f"{self.train_iters * self.tokens_per_step:,} tokens")
         since = f" since step {self.first_iter}" if self.first_iter else ""
         parts.append(_duration(time.perf_counter() - self.started) + since)
-        parts.append(f"peak memory {self.record['peak_memory_gib']:.2f} GiB")
         parts.append(checkpoints(self.output_dir)[0])
         command = f"python -m checkpoint export {shlex.quote(self.output_dir)} hf-model"
         return f"done: {', '.join(parts)}; next: {command}"
@@ -353,7 +354,7 @@ class MetricsWriter:
 def format_step(
     record: dict[str, Any], train_iters: int, num_tokens: int, seconds_left: float | None
 ) -> str:
-    """Returns the log line of one step: a fixed order, and at most 120 columns.
+    """Returns the log line of one step: a fixed order, in 120 columns.
 
     num_tokens: trained on so far. seconds_left: None where it is not known yet.
     """

@@ -634,6 +634,12 @@ def test_a_checkpoint_moved_and_linked_back_keeps_its_files(moved, config, cp_gr
     assert checkpointer.resume() == (3 if moved == "an old one" else 2)
 
 
+def test_a_signal_in_the_last_step_leaves_nothing_to_resume(config, cp_group, tmp_path, capsys):
+    checkpointer = build(tmp_path, "train_config.train_iters=1")
+    checkpointer.after_step(1, stop=True)
+    assert capsys.readouterr().out == f"saved: {tmp_path}/step-00000001\n"
+
+
 @pytest.mark.parametrize("output_dir", [".", "a/../run"])
 def test_output_dir_may_be_a_relative_path(output_dir, config, cp_group, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -182,6 +182,13 @@ def test_log_interval_leaves_out_lines_of_the_log_alone(tmp_path, capsys):
     assert [step for step, _ in steps_and_losses(tmp_path)] == list(range(1, 10))
 
 
+def test_the_log_has_the_memory_of_two_steps_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("support.metrics.peak_memory_gib", lambda: 70.123)
+    write_run(tmp_path, 5, log_interval=3)
+    said = capsys.readouterr().out
+    assert said.count("memory: 70.12 GiB at the peak of the first two steps\n") == 1
+
+
 def test_time_left_counts_all_but_the_first_step(tmp_path, monkeypatch, capsys):
     """Which compiles: 100 s, and then 10 s for each of 8 steps, evaluations included."""
     clock = iter([0.0, 100.0, *range(110, 1000, 10)])
@@ -196,7 +203,6 @@ def test_the_last_line_says_the_result_and_what_to_do_next(tmp_path, monkeypatch
     """A resumed run says since when its time counts; its tokens are those of all steps."""
     output_dir = tmp_path / "a run"
     output_dir.mkdir()
-    monkeypatch.setattr("support.metrics.peak_memory_gib", lambda: 0.5)
     clock = {"seconds": 0.0}
     monkeypatch.setattr("support.metrics.time.perf_counter", lambda: clock["seconds"])
     write_run(output_dir, 300, until=2)
@@ -208,7 +214,7 @@ def test_the_last_line_says_the_result_and_what_to_do_next(tmp_path, monkeypatch
     write_run(output_dir, 300, first_iter=2, eval_losses={300: 2.0})
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"done: loss 2.5000, eval_loss 2.0000, 1,228,800 tokens, 1:02:05 since step 2, "
-        f"peak memory 0.50 GiB, {output_dir}/step-00000300; "
+        f"{output_dir}/step-00000300; "
         f"next: python -m checkpoint export '{output_dir}' hf-model"
     )
     write_run(output_dir, 300, first_iter=300)

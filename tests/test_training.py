@@ -55,7 +55,7 @@ def test_a_run_describes_itself_and_learns(one_process):
     described = [line for line in lines if not line.startswith("config: ")]
     assert [line.split(":")[0] for line in described] == (
         ["machine", "mesh", "one process", "attention", "attention", "data", "model", "parameters"]
-        + ["metrics", "step", "step", "step", "saved", "done"]
+        + ["metrics", "step", "step", "memory", "step", "saved", "done"]
     )
     assert lines[2] == f"config: all keys in {output_dir}/config.json"
     assert "config: data_config.seqlen 512 -> 100" in lines, "a key that differs from the file"
