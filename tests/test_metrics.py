@@ -454,7 +454,7 @@ def test_wandb_that_fails_is_a_warning_and_the_run_goes_on(fails, tmp_path, monk
 def test_an_upload_to_wandb_that_never_ends_does_not_keep_the_run(tmp_path, monkeypatch, capsys):
     released = threading.Event()
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
-    monkeypatch.setattr(wandb, "finish", released.wait)
+    monkeypatch.setattr(wandb, "finish", lambda: released.wait(5))
     monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 0.01)
     write_run(tmp_path, 1, wandb_project="llamas")
     released.set()
