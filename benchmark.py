@@ -319,7 +319,7 @@ if __name__ == "__main__":
             run(options)
             end_process()
         elif rank() == 0:
-            with open(options.results) as file:
+            with open(Path(options.results).absolute()) as file:
                 lines = [json.loads(line) for line in file]
             report.report(lines, options.plot, list(CASES), options.series)
     except (ValueError, OSError) as error:

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # first, since importing torch takes seconds
 import math
 import sys
 import time
-from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -297,7 +296,7 @@ def train(
         eval_loss = evaluate(model, sources["validation"], device_mesh) if evaluates else None
         writer.write(step, eval_loss)
 
-    with closing(metrics.MetricsWriter(config, first_iter, device_mesh.size())) as writer:
+    with metrics.MetricsWriter(config, first_iter, device_mesh.size()) as writer:
         batch = prepare(first_iter) if first_iter < train_iters else None
         queued, save_seconds = None, 0.0
         for train_iter in range(first_iter, train_iters):

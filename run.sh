@@ -7,18 +7,37 @@
 #
 # Environment: GPUS_PER_NODE (default: the GPUs that are there, or 2 processes on the CPU), NNODES
 # (or WORLD_SIZE, as some schedulers set it; default 1), NODE_RANK (or RANK, or SLURM_NODEID; default
-# 0), MASTER_ADDR (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port),
+# 0; ignored on a single node), MASTER_ADDR (default 127.0.0.1), MASTER_PORT (default 16989; on a single node any free port),
 # MAX_RESTARTS (default 0: how often torchrun starts all processes again after one of them failed).
 #
 # INT (Ctrl-C), TERM, USR1 and HUP make the run save and end with exit code 0. nohup works as usual.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+setting() { # DEFAULT LEAST MOST NAME...: prints the first of these variables that is set
+  local default=$1 least=$2 most=$3 name value
+  shift 3
+  for name in "$@"; do
+    value=${!name:-}
+    [[ -n $value ]] || continue
+    if ! [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((value < least || value > most)); then
+      echo "error: $name='$value' must be an integer from $least to $most" >&2
+      return 2
+    fi
+    echo "$value"
+    return
+  done
+  echo "$default"
+}
+processes=$(setting "" 1 9999 GPUS_PER_NODE)
+nodes=$(setting 1 1 99999 NNODES WORLD_SIZE)
+node_rank=$(setting 0 0 $((nodes > 1 ? nodes - 1 : 99999)) NODE_RANK RANK SLURM_NODEID)
+port=$(setting "" 1 65535 MASTER_PORT)
+max_restarts=$(setting 0 0 999999 MAX_RESTARTS)
+
 counts=$(python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
 read -r gpus cores <<<"$counts"
-processes=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
-nodes=${NNODES:-${WORLD_SIZE:-1}}
-node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:-0}}}
+processes=${processes:-$((gpus > 0 ? gpus : 2))}
 
 if ((gpus > 0)); then
   # As many hardware queues as MagiAttention wants to overlap communication with computation.
@@ -26,10 +45,11 @@ if ((gpus > 0)); then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
-if ((nodes == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
+((nodes > 1)) || node_rank=0
+if ((nodes == 1)) && [[ -z $port ]]; then
   rendezvous=(--standalone)
 else
-  address=${MASTER_ADDR:-127.0.0.1} port=${MASTER_PORT:-16989}
+  address=${MASTER_ADDR:-127.0.0.1} port=${port:-16989}
   rendezvous=(--nnodes "$nodes" --node-rank "$node_rank" --master-addr "$address" --master-port "$port")
 fi
 
@@ -50,9 +70,10 @@ for signal in INT TERM USR1 HUP; do
   # shellcheck disable=SC2064  # the signal's name now, not later
   trap "forward $signal" "$signal"
 done
+# Without stdin: whatever asks the terminal in this process group would be stopped.
 set -m # a process group of its own: the terminal's Ctrl-C does not reach torchrun
 python -m support.launch "${rendezvous[@]}" --nproc-per-node "$processes" \
-  --max-restarts "${MAX_RESTARTS:-0}" --signals-to-handle SIGTERM,SIGINT,SIGQUIT main.py "$@" &
+  --max-restarts "$max_restarts" --signals-to-handle SIGTERM,SIGINT,SIGQUIT main.py "$@" </dev/null &
 launcher=$!
 set +m
 if ((nodes > 1)); then

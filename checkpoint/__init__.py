@@ -38,12 +38,14 @@ from .format import (
 FIXED = ("data", "data_config.", "llama_config.", "train_config.seed")
 # Except these, if a checkpoint has the fingerprints of its corpora: the files may have moved.
 CORPORA = ("data", "data_config.source", "data_config.validation_source")
-# Keys of a run's place. They do not change its training.
+# Keys of a run's place and its log. They do not change its training.
 PLACE = (
     "machine.",
     "train_config.output_dir",
     "train_config.resume",
     "train_config.continue_from",
+    "train_config.log_interval",
+    "train_config.wandb_project",
     "model_config.init_from",
 )
 # Fields of the model that a new stage may change: no weight depends on them.
@@ -102,7 +104,8 @@ def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
     if not found:
         raise CheckpointError(
             f"train_config.resume={resume!r} holds no checkpoint; it must be 'auto', 'never', the "
-            f"output_dir of a run, or one step-... folder in it"
+            f"output_dir of a run, or one step-... folder in it (looked in "
+            f"{os.path.abspath(resume)})"
         )
     if own and not os.path.samefile(own[0], found[0]):
         raise CheckpointError(
@@ -366,7 +369,7 @@ class Checkpointer:
             self.wait_for_save()
             if self.failure:
                 raise CheckpointError(self.failure)
-            if stop:
+            if stop and step < self.train_config["train_iters"]:
                 resume = self.train_config["resume"]
                 same = "" if resume == "auto" else " with train_config.resume=auto"
                 self.log(f"asked to stop: saved step {step}; the same command{same} resumes")
@@ -437,7 +440,15 @@ class Checkpointer:
 
 def newest_complete(path: str) -> str:
     """Returns the newest complete checkpoint at `path`; warns of damaged ones."""
-    for checkpoint in checkpoints(path):
+    if not (found := checkpoints(path)):
+        where = os.path.abspath(path)
+        problem = f"holds no complete checkpoint (looked in {where})"
+        if not os.path.lexists(path):
+            problem = f"does not exist (looked for {where})"
+        raise CheckpointError(
+            f"{path!r} {problem}; give a run's output_dir, or one step-... folder in it"
+        )
+    for checkpoint in found:
         problem = find_damage(checkpoint)
         if not problem:
             return checkpoint

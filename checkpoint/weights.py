@@ -63,7 +63,7 @@ def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
 
 @functools.cache  # the folder may disappear after the start
 def _folder_config(folder: str) -> LlamaConfig:
-    with open(os.path.join(folder, "config.json")) as file:
+    with open(os.path.abspath(os.path.join(folder, "config.json"))) as file:
         return LlamaConfig.from_hf(json.load(file))
 
 

@@ -62,7 +62,7 @@ class Corpus:
 def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int) -> Corpus:
     """Opens a corpus. key: the config key of `name`. The others are also keys of `data_config`."""
     folder = os.path.expanduser(name)
-    if any(os.path.exists(os.path.join(folder, file)) for file in ("meta.json", "tokens.bin")):
+    if is_prepared(folder):
         return read_prepared(folder, CHECKED_BYTES)
     is_stdlib = name == "python-stdlib"
     paths = find_files(key, name)
@@ -179,6 +179,12 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
     return Corpus(files, starts, largest + 1, "", fingerprint)
 
 
+def is_prepared(folder: str) -> bool:
+    """Returns whether the folder holds a prepared corpus, or a part of one."""
+    files = ("meta.json", "tokens.bin")
+    return any(os.path.exists(os.path.join(folder, file)) for file in files)
+
+
 def read_prepared(folder: str, checked_bytes: float) -> Corpus:
     """Memory-maps a folder that `python -m data prepare` wrote.
 
@@ -266,9 +272,11 @@ def find_files(key: str, name: str) -> list[str]:
     else:
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
+        random = ", or 'random'" if key == "data_config.source" else ""
+        where = "" if os.path.isabs(pattern) else f" (looked in {os.getcwd()})"
         raise ValueError(
             f"{key}={name!r} names no file; it must be 'python-stdlib', a path, a folder or a glob"
-            + (", or 'random'" if key == "data_config.source" else "")
+            f"{random}{where}"
         )
     return paths
 

@@ -38,6 +38,7 @@ from .corpus import (
     OTHER_FILES,
     extension,
     find_files,
+    is_prepared,
     read_prepared,
     read_text,
     sha256,
@@ -82,6 +83,8 @@ class Encoder:
             reason = str(error).strip().split("\n")[0]
             if "trust_remote_code" in str(error):
                 reason = "it needs code of its own, which never runs; give a tokenizer.json"
+            elif not os.path.exists(name):
+                reason += f" (looked in {os.getcwd()})"
             raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
         vocabulary = self.tokenizer.get_vocab()
         if end_of_text is None:
@@ -346,7 +349,9 @@ def _open_hub(name: str, field: str, skip_undecodable: bool) -> tuple[Any, Calla
         dataset = datasets.load_dataset(repository, config or None, split="train")
     except Exception as error:  # of many types: no network, no such name, no such config
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"INPUT={name!r} is neither a file nor a dataset: {reason}") from None
+        raise ValueError(
+            f"INPUT={name!r} is neither a file nor a dataset: {reason}; looked in {os.getcwd()}"
+        ) from None
     check_columns(dataset.column_names, name, field)
 
     def read(batch: dict[str, list], left_out: list[str]) -> Iterator[str]:
@@ -471,8 +476,12 @@ def main(arguments: list[str]) -> None:
         if options.pop("command") == "prepare":
             prepare(**options)
         else:
-            read_prepared(options["folder"], checked_bytes=float("inf"))
-            print(f"{options['folder']}: complete, and all checksums match")
+            folder = options["folder"]
+            if not is_prepared(folder):
+                path = os.path.abspath(os.path.join(folder, "meta.json"))
+                raise ValueError(f"DIR={folder!r} is not a prepared folder: there is no {path}")
+            read_prepared(folder, checked_bytes=float("inf"))
+            print(f"{folder}: complete, and all checksums match")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -45,7 +45,7 @@ RULES = [
     (
         "text",
         lambda v: type(v) is str,
-        " ".join(["preset", *PATHS]),
+        " ".join(["preset", "wandb_project", *PATHS]),
     ),
     ("true or false", lambda v: type(v) is bool, "skip_undecodable compile"),
     ("a dict of fields", lambda v: type(v) is dict and all(type(k) is str for k in v), "overrides"),
@@ -53,7 +53,7 @@ RULES = [
         "an integer of at least 1, and up to 2^62",
         lambda v: _is_int(v, 1),
         "seqlen batch_size train_iters gradient_accumulation_steps eval_iters"
-        " context_parallel_size",
+        " log_interval context_parallel_size",
     ),
     (
         "an integer of at least 0, and up to 2^62",
@@ -118,14 +118,15 @@ def resolve(arguments: list[str], world_size: int, evaluates: bool = False) -> l
     arguments: `SECTION.KEY=VALUE` each. A value is parsed as the type of the default.
     evaluates: whether the run only evaluates.
 
-    Returns lines for the log: what was changed for this world size. Raises ValueError, one
+    Returns lines for the log: what differs from the file. Raises ValueError, one
     sentence, for a value that cannot be trained, whether in the file or on the command line.
     """
-    _check(flatten(sections()))
+    _check(in_file := flatten(sections()))
     for argument in arguments:
         _override(argument)
         _check(flatten(sections()))
-    notes = []
+    changed = {k: value for k, value in flatten(sections()).items() if value != in_file[k]}
+    notes = [f"config: {name} {in_file[name]!r} -> {value!r}" for name, value in changed.items()]
     if world_size == 1 and parallel_config["context_parallel_size"] > 1:
         notes.append(
             f"one process: context_parallel_size {parallel_config['context_parallel_size']} -> 1"

@@ -9,8 +9,10 @@ from torch.distributed.run import main
 from .process import ERROR_CODE
 
 if __name__ == "__main__":
-    # It logs how each worker ended, which its report repeats.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # They log how each worker ended, and its error file; the report repeats both.
+    for name in ("api", "errors.error_handler"):
+        logger = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
+        logger.setLevel(logging.CRITICAL)
     try:
         main()
     except ChildFailedError as error:

@@ -1,11 +1,10 @@
-"""The log line, `metrics.jsonl`, TensorBoard, FLOPs, and loss curves.
+"""The log of a run, `metrics.jsonl`, TensorBoard, Weights & Biases, and FLOPs.
 
     python -m support.metrics RUN [RUN ...] --output loss.png
 
-draws the losses of runs (folders with a metrics.jsonl) in one picture.
+draws the losses of runs (folders with a metrics.jsonl) in one picture: see plot.py.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -15,13 +14,14 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from types import ModuleType
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from checkpoint import CheckpointError, checkpoints
 from configuration_llama import LlamaConfig
 
+from . import stop, wandb_run
 from .process import Watchdog, rank
 from .stop import log
 
@@ -181,11 +182,13 @@ class Step:
 
 
 class MetricsWriter:
-    """Logs each step. Rank 0 also writes `config.json`, `metrics.jsonl` and TensorBoard events.
+    """Logs steps. Rank 0 also writes `config.json`, and each step into `metrics.jsonl`, TensorBoard
+    events and Weights & Biases.
 
     A resumed run continues its metrics.jsonl from the checkpoint's step. Files of an earlier run
     are renamed. A finished run writes nothing. A step that is not written within
-    `train_config.step_timeout` ends the process.
+    `train_config.step_timeout` ends the process. As a context it closes the files, and logs the
+    result of a run that has all its steps and their checkpoint.
     """
 
     def __init__(self, run_config: dict[str, Any], first_iter: int, world_size: int) -> None:
@@ -198,11 +201,13 @@ class MetricsWriter:
         self.tokens_per_step = data_config["batch_size"] * data_config["seqlen"]  # of all ranks
         self.world_size = world_size
         self.train_iters = train_config["train_iters"]
-        output_dir = train_config["output_dir"]
+        self.log_interval = train_config["log_interval"]
+        self.output_dir = output_dir = train_config["output_dir"]
+        self.first_iter, self.record = first_iter, {}  # the last step's record
         self.watchdog = Watchdog(train_config["step_timeout"])
         self.watchdog.watch(f"step {first_iter + 1}")
-        self.file = self.tensorboard = self.profiler = None
-        self.start = now()
+        self.file = self.tensorboard = self.wandb = self.profiler = None
+        self.start, self.started, self.first_step_end = now(), time.perf_counter(), None
         if rank() != 0 or first_iter == self.train_iters:
             return
         content, path = json.dumps(run_config, indent=2), os.path.join(output_dir, "metrics.jsonl")
@@ -212,22 +217,38 @@ class MetricsWriter:
             if checkpoints(output_dir):
                 _cut_after(path, first_iter)
             else:  # a new run, or a branch of another
-                _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
+                _keep_earlier(
+                    output_dir, ["config.json", "metrics.jsonl", "tensorboard", "wandb_id"]
+                )
             with open(os.path.join(output_dir, "config.json"), "w") as file:
                 file.write(content)
             # Unbuffered, so that `write` returns how much of a line is in the file.
             self.file, self.unwritten = open(path, "ab", buffering=0), b""
-            with contextlib.suppress(ImportError):  # tensorboard is optional
+            folder = os.path.join(output_dir, "tensorboard")
+            try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                folder = os.path.join(output_dir, "tensorboard")
                 self.tensorboard = SummaryWriter(folder, purge_step=first_iter + 1, flush_secs=10)
+                events = f"TensorBoard events: {folder}"
+            except ImportError:
+                events = "no TensorBoard events: pip install tensorboard"
         except OSError as error:
             raise CheckpointError(
                 f"train_config.output_dir={output_dir!r} cannot be written ({error}); free its "
                 f"disk, or give another"
             ) from None
+        log(f"metrics: {path}; {events}")
+        if train_config["wandb_project"]:
+            self.wandb = wandb_run.start(run_config)
         self.profiler = _profiler(train_config["profile_steps"], first_iter, output_dir)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close()
+        if error is None and rank() == 0 and self.record.get("step") == self.train_iters:
+            log(self._result())
 
     def queue(self, *args: Any, **kwargs: Any) -> Step:
         """Returns `Step(...)`, which ends with the kernels queued so far."""
@@ -260,26 +281,59 @@ class MetricsWriter:
             "save_ms": step.save_seconds * 1e3,
         }
         if eval_loss is not None:
-            if math.isnan(eval_loss):  # no label counts
-                eval_loss = None
-            # exp(710) is not finite.
-            perplexity = None if eval_loss is None or eval_loss > 700 else math.exp(eval_loss)
-            record |= {"eval_loss": eval_loss, "eval_perplexity": perplexity}
-        log(format_step(record, self.train_iters))
+            record |= _evaluation(eval_loss)
+        self.record = record
+        self._log(record, is_last)
         try:
             if self.file is not None:
                 self.unwritten += json.dumps(record).encode() + b"\n"
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:  # a full disk: the next step tries again
             log(f"warning: the metrics of step {step.number} could not be written: {error}")
+        figures = {k: value for k, value in record.items() if k != "step" and value is not None}
         try:
             if self.tensorboard is not None:
-                for name, value in record.items():
-                    if name != "step" and value is not None:
-                        self.tensorboard.add_scalar(name, value, step.number)
+                for name, value in figures.items():
+                    self.tensorboard.add_scalar(name, value, step.number)
         except OSError as error:  # its thread has ended
             log(f"warning: no TensorBoard events from step {step.number} on: {error}")
             self.tensorboard = None
+        try:
+            if self.wandb is not None:
+                self.wandb.log(figures, step=step.number)
+        except Exception as error:  # of many types
+            log(f"warning: nothing goes to wandb from step {step.number} on: {error!r}")
+            self.wandb = None
+
+    def _log(self, record: dict[str, Any], is_last: bool) -> None:
+        """Logs the step if it is due, and its evaluation."""
+        step, clock, left = record["step"], time.perf_counter(), None
+        if self.first_step_end is None:  # the first step compiles, so it predicts nothing
+            self.first_step_end = clock
+        else:
+            steps = step - self.first_iter - 1
+            left = (clock - self.first_step_end) / steps * (self.train_iters - step)
+        is_due = step % self.log_interval == 0 or is_last or left is None or stop.requested()
+        if is_due or "eval_loss" in record:
+            log(format_step(record, self.train_iters, step * self.tokens_per_step, left))
+        if "eval_loss" in record:
+            log(f"eval: {step}/{self.train_iters}  {_format_evaluation(record)}")
+        if step == self.first_iter + 2:  # the first one has no optimizer state
+            log(f"memory: {record['peak_memory_gib']:.2f} GiB at the peak of the first two steps")
+
+    def _result(self) -> str:
+        """Returns the last line of a run: the last step's loss, the tokens of all its steps, the
+        time of this start, the newest checkpoint, and the next command.
+        """
+        parts = [f"loss {_number(self.record['loss'], '.4f', NO_LABELS)}"]
+        if "eval_loss" in self.record:
+            parts.append(f"eval_loss {_number(self.record['eval_loss'], '.4f', NO_LABELS)}")
+        parts.append(f"{self.train_iters * self.tokens_per_step:,} tokens")
+        since = f" since step {self.first_iter}" if self.first_iter else ""
+        parts.append(_duration(time.perf_counter() - self.started) + since)
+        parts.append(checkpoints(self.output_dir)[0])
+        command = f"python -m checkpoint export {shlex.quote(self.output_dir)} hf-model"
+        return f"done: {', '.join(parts)}; next: {command}"
 
     def close(self) -> None:
         self.watchdog.stop()
@@ -289,34 +343,68 @@ class MetricsWriter:
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
+        if self.wandb is not None:
+            wandb_run.finish(self.wandb)
 
 
 def log_evaluation(eval_loss: float) -> None:
     """Logs the result of `--evaluate`. eval_loss: in nats per label, NaN if no label counts."""
-    perplexity = math.exp(eval_loss) if eval_loss < 700 else math.inf
-    result = f"{eval_loss:.4f}  eval_perplexity: {perplexity:.2f}"
-    log(f"eval_loss: {NO_LABELS if math.isnan(eval_loss) else result}")
+    log(_format_evaluation(_evaluation(eval_loss)))
 
 
-def format_step(record: dict[str, Any], train_iters: int) -> str:
-    """Returns the log line of one step: a fixed order, with units."""
+def _evaluation(eval_loss: float) -> dict[str, float | None]:
+    """Returns the result of an evaluation. eval_loss: in nats per label, NaN if no label counts."""
+    if math.isnan(eval_loss):
+        return {"eval_loss": None, "eval_perplexity": None}
+    perplexity = math.exp(eval_loss) if eval_loss < 700 else None  # exp(710) is not finite
+    return {"eval_loss": eval_loss, "eval_perplexity": perplexity}
 
-    def number(value: float | None, form: str, missing: str = "n/a") -> str:
-        return missing if value is None else f"{value:{form}}"
 
-    line = (
-        f"step: {record['step']}/{train_iters}  loss: {number(record['loss'], '.4f', NO_LABELS)}  "
-        f"grad_norm: {record['grad_norm']:.4f}  lr: {record['lr']:.2e}  "
-        f"tokens: {record['tokens']:,}  time: {record['step_ms']:,.0f} ms  "
-        f"tps: {record['tokens_per_s']:,.0f}  tflops/gpu: {record['tflops_per_gpu']:.2f}  "
-        f"mfu: {number(record['mfu'], '.1%')}  memory: {record['peak_memory_gib']:.2f} GiB  "
-        f"plan: {record['plan_ms']:.1f} ms  data: {record['data_ms']:.1f} ms  "
-        f"save: {record['save_ms']:.1f} ms"
+def format_step(
+    record: dict[str, Any], train_iters: int, num_tokens: int, seconds_left: float | None
+) -> str:
+    """Returns the log line of one step: a fixed order, in 120 columns.
+
+    num_tokens: trained on so far. seconds_left: None where it is not known yet.
+    """
+    parts = [
+        f"step: {record['step']}/{train_iters}",
+        f"loss: {_number(record['loss'], '.4f', NO_LABELS)}",
+        f"grad_norm: {record['grad_norm']:.2f}",
+        f"lr: {record['lr']:.2e}",
+        f"tokens: {_short(num_tokens)}",
+        f"tps: {_short(record['tokens_per_s'])}",
+    ]
+    if record["mfu"] is not None:
+        parts.append(f"mfu: {record['mfu']:.1%}")
+    if seconds_left is not None:
+        parts.append(f"left: {_duration(seconds_left)}")
+    return "  ".join(parts)
+
+
+def _format_evaluation(record: dict[str, Any]) -> str:
+    return (
+        f"eval_loss: {_number(record['eval_loss'], '.4f', NO_LABELS)}  "
+        f"eval_perplexity: {_number(record['eval_perplexity'], '.2f')}"
     )
-    if "eval_loss" in record:
-        line += f"  eval_loss: {number(record['eval_loss'], '.4f', NO_LABELS)}"
-        line += f"  eval_perplexity: {number(record['eval_perplexity'], '.2f')}"
-    return line
+
+
+def _number(value: float | None, form: str, missing: str = "n/a") -> str:
+    return missing if value is None else f"{value:{form}}"
+
+
+def _short(count: float) -> str:
+    """Returns 99,999 as it is, and from 100K on three digits."""
+    if round(count) < 100_000:
+        return f"{count:,.0f}"
+    power = min(4, int(f"{count:.2e}"[5:]) // 3)  # after rounding: 999,999 is 1M
+    return f"{count / 1000**power:.3g}{' KMBT'[power]}"
+
+
+def _duration(seconds: float) -> str:
+    """Returns 1:02:03, or 2d 3h from a day on."""
+    days, rest = divmod(round(seconds), 86400)
+    return f"{days}d {rest // 3600}h" if days else str(timedelta(seconds=rest))
 
 
 def _profiler(steps: tuple[int, ...], first_iter: int, output_dir: str):
@@ -382,65 +470,7 @@ def _keep_earlier(output_dir: str, names: list[str]) -> None:
             os.rename(path, f"{path}.{number}")
 
 
-def import_pyplot() -> ModuleType:
-    """Returns matplotlib.pyplot, set to draw into files. Raises ValueError if it is missing."""
-    try:
-        import matplotlib.pyplot
-    except ImportError as error:
-        raise ValueError(f"{error}; to draw, `pip install matplotlib`") from None
-    matplotlib.use("Agg")
-    return matplotlib.pyplot
-
-
-def plot(runs: list[str], output: str) -> None:
-    """Draws each run's loss over its steps, and the loss of its evaluations as dots."""
-    plt = import_pyplot()
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for run in runs:
-        with open(os.path.join(run, "metrics.jsonl")) as file:
-            lines = file.readlines()
-        try:
-            records = [r for r in map(json.loads, lines) if r["loss"] is not None]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{run}/metrics.jsonl is damaged ({error!r}); resume the run"
-            ) from None
-        if not records:
-            raise ValueError(f"{run}: its metrics.jsonl has no step yet")
-        axes.plot(
-            [record["step"] for record in records],
-            [record["loss"] for record in records],
-            label=f"{os.path.basename(os.path.normpath(run))} ({records[-1]['loss']:.2f})",
-            linewidth=1.2,
-        )
-        evaluated = [record for record in records if record.get("eval_loss") is not None]
-        axes.plot(
-            [record["step"] for record in evaluated],
-            [record["eval_loss"] for record in evaluated],
-            "o",
-            color=axes.lines[-1].get_color(),
-            markeredgecolor="black",
-            markersize=5,
-            label=f"held out ({evaluated[-1]['eval_loss']:.2f})" if evaluated else None,
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per label")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="run (last loss)")
-    figure.savefig(output, dpi=150)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m support.metrics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", type=os.path.expanduser, metavar="RUN")
-    parser.add_argument("--output", type=os.path.expanduser, default="loss.png")
-    options = parser.parse_args()
-    try:
-        plot(options.runs, options.output)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    from .plot import main
+
+    main()

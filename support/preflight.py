@@ -3,7 +3,6 @@
 import fnmatch
 import glob
 import importlib
-import json
 import os
 import shutil
 import sys
@@ -22,8 +21,8 @@ from llama_pretrain_config import data_config, model_config, parallel_config, tr
 from modeling_llama import LlamaForCausalLM
 
 from . import config as run_settings
-from . import metrics
-from .process import lock_output_dir, restarts
+from . import metrics, wandb_run
+from .process import lock_output_dir, rank, restarts
 from .stop import log
 
 Sources = dict[str, TokenSource | RandomSource]
@@ -48,6 +47,8 @@ def set_up(arguments: list[str]) -> Sources:
     notes = run_settings.resolve(overrides, int(os.environ["WORLD_SIZE"]), evaluates)
     notes += [f"attention: {line}" for line in choose_backend()]
     check_machine()
+    if train_config["wandb_project"] and not evaluates and rank() == 0:
+        wandb_run.check(train_config["wandb_project"])
     sources = open_sources(evaluates)
     check_files(sources)
     log_run(sources, notes)
@@ -153,6 +154,7 @@ def log_run(sources: Sources, notes: list[str]) -> None:
     world_size, cp_size = int(os.environ["WORLD_SIZE"]), parallel_config["context_parallel_size"]
     log(f"machine: {', '.join(f'{k} {v}' for k, v in metrics.describe_machine().items())}")
     log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
+    log(f"config: all keys in {os.path.join(train_config['output_dir'], 'config.json')}")
     for line in notes:
         log(line)
     if train_config["compile"]:
@@ -163,8 +165,12 @@ def log_run(sources: Sources, notes: list[str]) -> None:
             log(f"kernels: magi_attention compiles {missing} more, silently, for about {minutes}")
     for name, source in sources.items():
         log(f"{'data' if name == 'train' else name}: {source.description}")
-    log(f"config: {json.dumps(run_settings.sections())}")
-    log(f"model: {json.dumps(asdict(config))}")
+    log(
+        f"model: {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
+        f"intermediate_size {config.intermediate_size}, {config.num_attention_heads} heads of "
+        f"{config.head_dim}, {config.num_key_value_heads} key/value heads, "
+        f"vocab_size {config.vocab_size}"
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -125,6 +126,10 @@ def exit_with(error: Exception) -> NoReturn:
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if rank() != 0:
         time.sleep(10 if first_of_node else 20)  # the first exit ends the node's other ranks
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with its message
+        message = {"message": f"error: {error}", "extraInfo": {"timestamp": int(time.time())}}
+        with contextlib.suppress(OSError), open(report, "w") as file:
+            json.dump({"message": message}, file)
     if first_of_node:
         with contextlib.suppress(OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)

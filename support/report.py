@@ -1,6 +1,8 @@
 """The tables and the plot of benchmark.py's results."""
 
-from .metrics import import_pyplot
+import sys
+
+from .plot import import_pyplot
 
 
 def newest_series(results: list[dict], field: str, series: str | None) -> list[dict]:
@@ -102,3 +104,4 @@ def report(results: list[dict], plot: str, order: list[str], series: str | None 
     print(table(cases))
     draw(cases, plot)
     print("\n" + kernels_table(newest_series(results, "kernel", series)))
+    print(f"written: {plot}", file=sys.stderr)  # stdout has only the tables

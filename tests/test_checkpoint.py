@@ -509,7 +509,7 @@ def test_never_refuses_a_folder_with_a_run_and_auto_reports_a_finished_run(start
     refused = start("train_config.resume=never", output_dir=output_dir)
     assert refused.exit_codes() == [ERROR_CODE]
     assert f"train_config.output_dir={str(output_dir)!r} holds a run; give another" in refused.said
-    done = start(output_dir=output_dir, every=4)
+    done = start("train_config.log_interval=5", output_dir=output_dir, every=4)
     assert done.exit_codes() == [0], done.said
     assert f"resume: {output_dir}/step-00000012, step 12 of 12; all its steps" in done.said
     changed = start("train_config.optimizer_config.learning_rate=0.5", output_dir=output_dir)
@@ -634,6 +634,12 @@ def test_a_checkpoint_moved_and_linked_back_keeps_its_files(moved, config, cp_gr
     assert checkpointer.resume() == (3 if moved == "an old one" else 2)
 
 
+def test_a_signal_in_the_last_step_leaves_nothing_to_resume(config, cp_group, tmp_path, capsys):
+    checkpointer = build(tmp_path, "train_config.train_iters=1")
+    checkpointer.after_step(1, stop=True)
+    assert capsys.readouterr().out == f"saved: {tmp_path}/step-00000001\n"
+
+
 @pytest.mark.parametrize("output_dir", [".", "a/../run"])
 def test_output_dir_may_be_a_relative_path(output_dir, config, cp_group, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -659,8 +665,21 @@ def test_inspect_prints_step_config_and_sizes(undisturbed, tmp_path, capsys):
     assert said.startswith(f"{newest(undisturbed[2])}: complete\nstep: {ITERS}\n")
     assert "written by: 2 processes" in said and '"seqlen": 24' in said
     assert f"on disk: {len(manifest['files'])} files" in said
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        inspect(str(tmp_path))
+
+
+def test_inspect_of_what_is_no_checkpoint_says_so_and_where_it_looked(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for path, problem in (
+        ("run", f"'run' holds no complete checkpoint (looked in {tmp_path}/run); give a run's"),
+        ("gone", f"'gone' does not exist (looked for {tmp_path}/gone); give a run's output_dir"),
+        ("step-00000009", f"'step-00000009' does not exist (looked for {tmp_path}/step-00000009)"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^{re.escape(problem)}"):
+            inspect(path)
+    assert "damaged" not in "".join(capsys.readouterr())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -171,9 +171,12 @@ def test_a_file_that_is_not_utf_8_is_named_or_skipped_with_a_word(folder):
     assert len(source.starts) == len(SIZES)
 
 
-def test_sources_without_text_are_refused(tmp_path):
+def test_sources_without_text_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="names no file"):
         open_data(str(tmp_path / "nowhere" / "*.txt"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"'a/\*' names no file; .* \(looked in {tmp_path}\)$"):
+        open_data("a/*")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"na\xefve")
     with pytest.raises(ValueError, match=r"has no text \(1 of its 2 files are empty, 1 are not U"):

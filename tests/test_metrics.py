@@ -6,7 +6,9 @@ import json
 import math
 import runpy
 import sys
+import threading
 import time
+import types
 from types import MappingProxyType
 
 import pytest
@@ -14,17 +16,21 @@ import reference
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoint import CheckpointError
 from configuration_llama import PRESETS
 from main import Batch
 from modeling_llama import LlamaForCausalLM
+from support import wandb_run
 from support.metrics import (
     MetricsWriter,
+    _short,
     _write_trace,
     attention_area,
+    format_step,
     peak_flops,
-    plot,
     training_flops,
 )
+from support.plot import plot
 
 BATCH = Batch([], num_labels=4090.0, area=1e6, data_seconds=0.002, plan_seconds=0.001)
 KEYS = (
@@ -49,7 +55,19 @@ def test_flops_are_those_of_the_matrix_products(is_causal):
     assert attention_area(cu_seqlens, is_causal) == (full_area / 2 if is_causal else full_area)
 
 
-def write_run(output_dir, steps, first_iter=0, loss=2.5, eval_losses=MappingProxyType({})):
+def write_run(
+    output_dir,
+    steps,
+    first_iter=0,
+    loss=2.5,
+    eval_losses=MappingProxyType({}),
+    until=0,
+    error=None,
+    **keys,
+):
+    """Writes steps first_iter + 1 to `until`, or to the last. error: comes after them, instead of
+    the last checkpoint. keys: of train_config.
+    """
     config = {
         "llama_config": dataclasses.asdict(PRESETS["tiny"]),
         "data_config": {"batch_size": 4, "seqlen": 1024},
@@ -58,16 +76,22 @@ def write_run(output_dir, steps, first_iter=0, loss=2.5, eval_losses=MappingProx
             "step_timeout": 60.0,
             "profile_steps": (),
             "output_dir": str(output_dir),
+            "log_interval": 1,
+            "wandb_project": "",
+            **keys,
         },
     }
-    writer = MetricsWriter(config, first_iter, world_size=2)
-    for number in range(first_iter + 1, steps + 1):
-        results = torch.tensor(loss), torch.tensor(1.25)
-        step = writer.queue(number, BATCH, *results, learning_rate=3e-4, save_seconds=0.003)
-        step.end = writer.start + 0.5
-        step.wait()
-        writer.write(step, eval_losses.get(number))
-    writer.close()
+    with MetricsWriter(config, first_iter, world_size=2) as writer:
+        for number in range(first_iter + 1, (until or steps) + 1):
+            results = torch.tensor(loss), torch.tensor(1.25)
+            step = writer.queue(number, BATCH, *results, learning_rate=3e-4, save_seconds=0.003)
+            step.end = writer.start + 0.5
+            step.wait()
+            writer.write(step, eval_losses.get(number))
+        if error:
+            raise error
+        if writer.file is not None and number == steps:
+            (output_dir / f"step-{steps:08}").mkdir(exist_ok=True)
 
 
 def test_metrics_jsonl_has_one_object_a_step_in_a_fixed_order(tmp_path):
@@ -99,9 +123,10 @@ def test_a_step_and_an_evaluation_without_labels_have_no_loss(tmp_path, monkeypa
     write_run(tmp_path, 1, loss=0.0, eval_losses={1: math.nan})
     (record,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert record["loss"] is record["eval_loss"] is record["eval_perplexity"] is None
-    line = capsys.readouterr().out
-    assert "  loss: n/a (no label counts)  " in line
-    assert "  eval_loss: n/a (no label counts)  eval_perplexity: n/a" in line
+    said = capsys.readouterr().out
+    assert "  loss: n/a (no label counts)  " in said
+    assert "  eval_loss: n/a (no label counts)  eval_perplexity: n/a" in said
+    assert "done: loss n/a (no label counts), eval_loss n/a (no label counts), " in said
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capsys):
@@ -111,26 +136,95 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("warning: ")
 
 
-def test_the_log_line_has_a_fixed_order_and_units(tmp_path, capsys):
-    write_run(tmp_path, 1)
-    line = capsys.readouterr().out.strip()
-    names = [field.split(": ")[0] for field in line.split("  ")]
-    assert names == (
-        ["step", "loss", "grad_norm", "lr", "tokens", "time", "tps", "tflops/gpu", "mfu"]
-        + ["memory", "plan", "data", "save"]
+def steps_of(said: str) -> list[str]:
+    """The lines of steps and evaluations in a log."""
+    return [line for line in said.splitlines() if line.startswith(("step: ", "eval: "))]
+
+
+def test_the_log_line_has_a_fixed_order(tmp_path, capsys):
+    write_run(tmp_path, 2)
+    first, second = steps_of(capsys.readouterr().out)
+    assert (
+        first == "step: 1/2  loss: 2.5000  grad_norm: 1.25  lr: 3.00e-04  tokens: 4,096  tps: 8,192"
     )
-    assert line.startswith(
-        "step: 1/1  loss: 2.5000  grad_norm: 1.2500  lr: 3.00e-04  tokens: 4,090"
+    names = [field.split(": ")[0] for field in second.split("  ")]
+    assert names == ["step", "loss", "grad_norm", "lr", "tokens", "tps", "left"]  # no mfu on a CPU
+    assert "  tokens: 8,192  " in second and second.endswith("  left: 0:00:00")
+
+
+def test_a_line_of_large_numbers_fits_120_columns():
+    record = {"step": 100_000, "loss": 11.3461, "grad_norm": 12.5, "lr": 3e-4, "mfu": 0.506}
+    tokens = 100_000 * 1_048_576
+    line = format_step({**record, "tokens_per_s": 1_234_567.0}, 1_000_000, tokens, 8.8 * 86400)
+    assert line == (
+        "step: 100000/1000000  loss: 11.3461  grad_norm: 12.50  lr: 3.00e-04  tokens: 105B  "
+        "tps: 1.23M  mfu: 50.6%  left: 8d 19h"
     )
-    for part in (
-        "time: 500 ms",
-        "tps: 8,192",
-        "GiB",
-        "plan: 1.0 ms",
-        "data: 2.0 ms",
-        "save: 3.0 ms",
-    ):
-        assert part in line
+    assert len(line) <= 120
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [(99_999.4, "99,999"), (1e5, "100K"), (999_999, "1M"), (12_345_678, "12.3M"), (4e15, "4e+03T")],
+)
+def test_a_count_has_five_digits_or_three_and_a_unit(count, text):
+    assert _short(count) == text
+
+
+def test_log_interval_leaves_out_lines_of_the_log_alone(tmp_path, capsys):
+    """Not those of the first step of a start, of the last one, and of an evaluation."""
+    write_run(tmp_path, 9, until=2)
+    (tmp_path / "step-00000001").mkdir()
+    capsys.readouterr()
+    write_run(tmp_path, 9, first_iter=1, eval_losses={7: 2.0}, log_interval=4)
+    lines = [line.split("  ")[0] for line in steps_of(capsys.readouterr().out)]
+    assert lines == ["step: 2/9", "step: 4/9", "step: 7/9", "eval: 7/9", "step: 8/9", "step: 9/9"]
+    assert [step for step, _ in steps_and_losses(tmp_path)] == list(range(1, 10))
+
+
+def test_the_log_has_the_memory_of_two_steps_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("support.metrics.peak_memory_gib", lambda: 70.123)
+    write_run(tmp_path, 5, log_interval=3)
+    said = capsys.readouterr().out
+    assert said.count("memory: 70.12 GiB at the peak of the first two steps\n") == 1
+
+
+def test_time_left_counts_all_but_the_first_step(tmp_path, monkeypatch, capsys):
+    """Which compiles: 100 s, and then 10 s for each of 8 steps, evaluations included."""
+    clock = iter([0.0, 100.0, *range(110, 1000, 10)])
+    monkeypatch.setattr("support.metrics.now", lambda: 0.0)
+    monkeypatch.setattr("support.metrics.time.perf_counter", lambda: next(clock))
+    write_run(tmp_path, 9, until=4)
+    left = [line.partition("  left: ")[2] for line in steps_of(capsys.readouterr().out)]
+    assert left == ["", "0:01:10", "0:01:00", "0:00:50"]
+
+
+def test_the_last_line_says_the_result_and_what_to_do_next(tmp_path, monkeypatch, capsys):
+    """A resumed run says since when its time counts; its tokens are those of all steps."""
+    output_dir = tmp_path / "a run"
+    output_dir.mkdir()
+    clock = {"seconds": 0.0}
+    monkeypatch.setattr("support.metrics.time.perf_counter", lambda: clock["seconds"])
+    write_run(output_dir, 300, until=2)
+    assert "done: " not in capsys.readouterr().out
+    (output_dir / "step-00000002").mkdir()
+    monkeypatch.setattr(
+        "support.metrics.seconds_between", lambda *_: clock.update(seconds=3725.0) or 0.5
+    )
+    write_run(output_dir, 300, first_iter=2, eval_losses={300: 2.0})
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"done: loss 2.5000, eval_loss 2.0000, 1,228,800 tokens, 1:02:05 since step 2, "
+        f"{output_dir}/step-00000300; "
+        f"next: python -m checkpoint export '{output_dir}' hf-model"
+    )
+    write_run(output_dir, 300, first_iter=300)
+    assert capsys.readouterr().out == "", "a finished run writes nothing"
+
+
+def test_a_run_without_its_last_checkpoint_is_not_done(tmp_path, capsys):
+    with pytest.raises(CheckpointError):
+        write_run(tmp_path, 1, error=CheckpointError("the checkpoint could not be written"))
+    assert "done: " not in capsys.readouterr().out
 
 
 def test_an_evaluation_stands_in_its_step(tmp_path, capsys):
@@ -143,10 +237,12 @@ def test_an_evaluation_stands_in_its_step(tmp_path, capsys):
     assert records[1]["eval_loss"] == 2.0
     assert records[1]["eval_perplexity"] == pytest.approx(7.389056)
     assert records[2]["eval_perplexity"] is None
-    lines = capsys.readouterr().out.splitlines()
-    assert "eval" not in lines[0]
-    assert lines[1].endswith("  eval_loss: 2.0000  eval_perplexity: 7.39")
-    assert lines[2].endswith("  eval_loss: 10000.0000  eval_perplexity: n/a")
+    lines = steps_of(capsys.readouterr().out)
+    assert [line.split("  ")[0] for line in lines] == (
+        ["step: 1/3", "step: 2/3", "eval: 2/3", "step: 3/3", "eval: 3/3"]
+    )
+    assert lines[2] == "eval: 2/3  eval_loss: 2.0000  eval_perplexity: 7.39"
+    assert lines[4] == "eval: 3/3  eval_loss: 10000.0000  eval_perplexity: n/a"
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -164,11 +260,11 @@ def test_other_ranks_are_silent_and_write_nothing(tmp_path, capsys, monkeypatch)
 
 
 def test_an_earlier_run_is_kept(tmp_path):
-    for steps in (1, 2, 3):
-        write_run(tmp_path, steps)
+    for steps in (1, 2, 3):  # without a checkpoint
+        write_run(tmp_path, 10 + steps, until=steps)
     for name, steps in (("metrics.jsonl.1", 1), ("metrics.jsonl.2", 2), ("metrics.jsonl", 3)):
         assert len((tmp_path / name).read_text().splitlines()) == steps
-    assert json.loads((tmp_path / "config.json.1").read_text())["train_config"]["train_iters"] == 1
+    assert json.loads((tmp_path / "config.json.1").read_text())["train_config"]["train_iters"] == 11
 
 
 def test_tensorboard_gets_every_figure(tmp_path):
@@ -253,12 +349,11 @@ def test_a_metrics_jsonl_that_ends_early_or_is_gone_is_said(tmp_path, capsys):
 
 def test_a_branch_begins_with_its_own_steps_and_an_earlier_run_is_kept(tmp_path, capsys):
     """The earlier run was killed before its first checkpoint; the branch starts from step 6."""
-    write_run(tmp_path, 7)
+    write_run(tmp_path, 9, until=7)
     write_run(tmp_path, 8, first_iter=6, loss=1.5)
     assert steps_and_losses(tmp_path) == [(7, 1.5), (8, 1.5)]
     assert steps_and_losses(tmp_path, "metrics.jsonl.1") == [(step, 2.5) for step in range(1, 8)]
     assert (tmp_path / "config.json.1").exists()
-    (tmp_path / "step-00000008").mkdir()
     write_run(tmp_path, 9, first_iter=8, loss=1.0)
     assert steps_and_losses(tmp_path) == [(7, 1.5), (8, 1.5), (9, 1.0)]
     assert "warning" not in capsys.readouterr().out
@@ -281,11 +376,107 @@ def test_mfu_is_given_for_known_gpus_alone(name, peak, monkeypatch):
     assert peak_flops() == peak
 
 
-def test_plot_draws_several_runs(tmp_path):
+def test_the_log_says_where_tensorboard_s_events_are(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path, 1)
+    where = f"metrics: {tmp_path}/metrics.jsonl; TensorBoard events: {tmp_path}/tensorboard\n"
+    assert capsys.readouterr().out.startswith(where)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an import of it fails
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run", 1)
+    assert "no TensorBoard events: pip install tensorboard\n" in capsys.readouterr().out
+
+
+class Wandb(types.ModuleType):
+    """A stand-in for wandb, which the tests do not install: `init` returns the module itself as the
+    run, and it notes its calls. fails: the name of the call that raises.
+    """
+
+    def __init__(self, fails=""):
+        super().__init__("wandb")
+        self.fails, self.runs, self.logged, self.finished = fails, [], [], 0
+
+    def note(self, name):
+        if name == self.fails:
+            raise ConnectionError("no network")
+
+    def init(self, **settings):
+        self.note("init")
+        self.runs.append(settings)
+        return self
+
+    def log(self, figures, step):
+        self.note("log")
+        self.logged.append((step, figures["loss"]))
+
+    def finish(self):
+        self.note("finish")
+        self.finished += 1
+
+
+def test_a_resumed_run_continues_its_run_of_wandb_and_a_finished_one_starts_none(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    write_run(tmp_path, 4, until=2, wandb_project="llamas")
+    (tmp_path / "step-00000002").mkdir()
+    for first_iter in (2, 4):
+        write_run(tmp_path, 4, first_iter=first_iter, wandb_project="llamas")
+    first, second = wandb.runs
+    assert first["project"] == "llamas" and first["resume"] == "allow"
+    assert first["config"]["train_config"]["train_iters"] == 4
+    assert first["id"] == second["id"] == (tmp_path / "wandb_id").read_text()
+    assert wandb.logged == [(step, 2.5) for step in (1, 2, 3, 4)]
+    assert wandb.finished == 2
+
+
+def test_a_new_run_in_the_folder_of_an_earlier_one_is_another_run_of_wandb(tmp_path, monkeypatch):
+    """Other ranks have none, nor has a run whose wandb_project is empty."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    for _ in range(2):
+        write_run(tmp_path, 4, until=2, wandb_project="llamas")
+    assert len({run["id"] for run in wandb.runs}) == len(wandb.runs) == 2
+    write_run(tmp_path, 4, until=2)
+    monkeypatch.setenv("RANK", "1")
+    write_run(tmp_path, 4, until=2, wandb_project="llamas")
+    assert len(wandb.runs) == 2
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_wandb_that_fails_is_a_warning_and_the_run_goes_on(fails, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(fails))
+    write_run(tmp_path, 3, wandb_project="llamas")
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1 and "ConnectionError('no network')" in said
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert said.splitlines()[-1].startswith("done: ")
+
+
+def test_an_upload_to_wandb_that_never_ends_does_not_keep_the_run(tmp_path, monkeypatch, capsys):
+    released = threading.Event()
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    monkeypatch.setattr(wandb, "finish", lambda: released.wait(5))
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 0.01)
+    write_run(tmp_path, 1, wandb_project="llamas")
+    released.set()
+    assert "warning: wandb has not uploaded everything" in capsys.readouterr().out
+
+
+def test_wandb_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
+    """Also beside a folder `wandb`, such as of wandb's runs, which Python would import."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ValueError, match="^train_config.wandb_project='llamas' needs .*`pip inst"):
+        wandb_run.check("llamas")
+
+
+def test_plot_draws_several_runs(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write_run(tmp_path / name, 2)
+    capsys.readouterr()
     plot([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "loss.png"))
+    assert capsys.readouterr().out == f"written: {tmp_path}/loss.png\n"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

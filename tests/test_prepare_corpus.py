@@ -612,6 +612,8 @@ def test_the_command_line_says_what_it_did_and_what_is_missing(tmp_path):
     assert "complete, and all checksums match" in run(*data, "verify", "~/out", **home).stdout
     with open(tmp_path / "out" / "tokens.bin", "r+b") as file:
         file.write(b"\x01")
+    result = run(*data, "verify", "out", check=False)
+    assert f"DIR='out' is not a prepared folder: there is no {ROOT}/out/meta.json" in result.stderr
     result = run(*data, "verify", tmp_path / "out", check=False)
     assert result.returncode == 1
     assert "tokens.bin does not match its checksum in meta.json" in result.stderr

@@ -52,15 +52,18 @@ def assert_same_training(output_dir, reference_dir):
 def test_a_run_describes_itself_and_learns(one_process):
     output_dir, stdout = one_process
     lines = stdout.splitlines()
-    starts = [line.split(":")[0] for line in lines]
-    assert starts == (
-        ["machine", "mesh", "one process", "attention", "attention", "data", "config", "model"]
-        + ["parameters", "step", "step", "step", "saved"]
+    described = [line for line in lines if not line.startswith("config: ")]
+    assert [line.split(":")[0] for line in described] == (
+        ["machine", "mesh", "one process", "attention", "attention", "data", "model", "parameters"]
+        + ["metrics", "step", "step", "memory", "step", "saved", "done"]
     )
+    assert lines[2] == f"config: all keys in {output_dir}/config.json"
+    assert "config: data_config.seqlen 512 -> 100" in lines, "a key that differs from the file"
+    assert "dtype" not in stdout, "a key that does not"
     assert "python " in lines[0] and "torch " in lines[0] and "CPU" in lines[0]
     assert lines[1] == "mesh: dp 1 x cp 1, 1 processes"
-    assert lines[3] == "attention: native (scaled_dot_product_attention)"
-    assert lines[4].startswith("attention: magi_attention cannot run: ")
+    assert described[3] == "attention: native (scaled_dot_product_attention)"
+    assert described[4].startswith("attention: magi_attention cannot run: ")
     config = json.loads((output_dir / "config.json").read_text())
     assert config["data_config"]["seqlen"] == 100
     assert config["parallel_config"]["context_parallel_size"] == 1
@@ -79,6 +82,9 @@ def test_run_sh_on_three_processes_trains_the_same(one_process, tmp_path):
     result = run("bash", "run.sh", *arguments, GPUS_PER_NODE="3")
     assert "mesh: dp 1 x cp 3" in result.stdout
     assert_same_training(tmp_path, one_process[0])
+    done = result.stdout.splitlines()[-1]
+    assert done.startswith("done: loss ") and ", 1,200 tokens, " in done
+    assert f", {tmp_path}/step-00000003; next: python -m checkpoint export {tmp_path} hf" in done
 
 
 def test_two_nodes_train_the_same_as_one(one_process, tmp_path):
@@ -209,6 +215,39 @@ def test_an_error_is_said_once_by_rank_0_and_ends_every_process():
         "error: unknown key 'data_config.seqln'; the nearest is 'data_config.seqlen'; see --help\n"
     )
     assert result.stdout == ""
+
+
+def test_under_torchrun_the_report_ends_with_the_error():
+    result = torchrun(2, "main.py", "data_config.seqlen=-1", check=False)
+    sentence = "error: data_config.seqlen=-1 must be an integer of at least 1, and up to 2^62"
+    assert sentence in result.stderr.splitlines(), "said by rank 0"
+    assert result.stderr.splitlines()[-2].endswith(f": {sentence}"), "the report's root cause"
+    assert "To enable traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        ({"GPUS_PER_NODE": "abc"}, "GPUS_PER_NODE='abc' must be an integer from 1 to 9999"),
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE='0' must be an integer from 1 to 9999"),
+        ({"GPUS_PER_NODE": "08"}, "GPUS_PER_NODE='08' must be an integer from 1 to 9999"),
+        ({"GPUS_PER_NODE": "a[$(touch x)]"}, "GPUS_PER_NODE='a[$(touch x)]' must be an integer"),
+        ({"NNODES": "-1"}, "NNODES='-1' must be an integer from 1 to 99999"),
+        ({"WORLD_SIZE": "1:4"}, "WORLD_SIZE='1:4' must be an integer from 1 to 99999"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK='2' must be an integer from 0 to 1"),
+        ({"NNODES": "2", "RANK": "first"}, "RANK='first' must be an integer from 0 to 1"),
+        ({"NODE_RANK": "-1"}, "NODE_RANK='-1' must be an integer from 0 to 99999"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' must be an integer from 1 to 65535"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT='70000' must be an integer from 1 to 65535"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS='-1' must be an integer from 0 to 999999"),
+        ({"MAX_RESTARTS": "9" * 30}, "must be an integer from 0 to 999999"),
+    ],
+)
+def test_a_variable_of_run_sh_that_is_no_number_is_one_sentence(variables, sentence):
+    result = run("bash", "run.sh", *SHORT, check=False, **variables)
+    assert result.returncode == ERROR_CODE
+    assert result.stderr.startswith("error: ") and sentence in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
 
 
 def test_a_crash_keeps_the_launcher_s_report(tmp_path):
