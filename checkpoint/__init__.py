@@ -39,7 +39,13 @@ FIXED = ("data", "data_config.", "llama_config.", "train_config.seed")
 # Except these, if a checkpoint has the fingerprints of its corpora: the files may have moved.
 CORPORA = ("data", "data_config.source", "data_config.validation_source")
 # Keys of a run's place. They do not change its training.
-PLACE = ("machine.", "train_config.output_dir", "train_config.resume", "model_config.init_from")
+PLACE = (
+    "machine.",
+    "model_config.init_from",
+    "tokenizer.",
+    "train_config.output_dir",
+    "train_config.resume",
+)
 
 
 def find(config: dict[str, Any], restarts: int) -> list[str]:

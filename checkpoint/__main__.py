@@ -10,12 +10,13 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 
 import torch
 
 from configuration_llama import LlamaConfig
 
-from . import newest_complete, weights
+from . import newest_complete, tokenizer, weights
 from .format import Reader, read_manifest
 
 
@@ -30,15 +31,22 @@ def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
     def fill(weights: dict[str, torch.Tensor]) -> None:
         reader.load({"model": weights}, no_dist=True)
 
+    shape = LlamaConfig(**config["llama_config"])
+    longest = max(shape.max_position_embeddings, config["data_config"]["seqlen"])
+    name, special_tokens = tokenizer.of_checkpoint(path)
     files = weights.write_folder(
         out_dir,
-        LlamaConfig(**config["llama_config"]),
+        shape.override({"max_position_embeddings": longest}),
         sizes,
         fill,
         getattr(torch, dtype),
         int(max_shard_gib * 2**30),
+        special_tokens,
+        partial(tokenizer.copy, name),
     )
     print(f"{path} -> {out_dir}: {len(sizes)} tensors in {dtype}, {files} files")
+    if not name:
+        print("warning: the tokenizer is unknown; copy it into the folder", file=sys.stderr)
 
 
 def inspect(path: str) -> None:

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, checkpoints
+from checkpoint import CheckpointError, checkpoints, tokenizer
 from configuration_llama import LlamaConfig
 
 from .process import Watchdog, rank
@@ -212,7 +212,9 @@ class MetricsWriter:
             if checkpoints(output_dir):
                 _cut_after(path, first_iter)
             else:  # a new run, or a branch of another
-                _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
+                names = ["config.json", "metrics.jsonl", "tensorboard", "tokenizer"]
+                _keep_earlier(output_dir, names)
+            tokenizer.keep(run_config)
             with open(os.path.join(output_dir, "config.json"), "w") as file:
                 file.write(content)
             # Unbuffered, so that `write` returns how much of a line is in the file.

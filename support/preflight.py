@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import context_parallel
-from checkpoint import weights
+from checkpoint import tokenizer, weights
 from configuration_llama import LlamaConfig
 from data import RandomSource, TokenSource, open_source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
@@ -43,6 +43,7 @@ def set_up(arguments: list[str]) -> Sources:
         sys.exit()
     notes = run_settings.resolve(arguments, int(os.environ["WORLD_SIZE"]))
     notes += [f"attention: {line}" for line in choose_backend()]
+    notes += check_rows()
     check_machine()
     sources = open_sources()
     check_files(sources)
@@ -83,6 +84,27 @@ def choose_backend() -> list[str]:
     return lines
 
 
+def check_rows() -> list[str]:
+    """Returns a warning of rows that are longer than the model's positions, as a list.
+
+    Raises ValueError for rows that are longer than the sliding window of `init_from`.
+    """
+    seqlen, folder = data_config["seqlen"], model_config["init_from"]
+    window = weights.sliding_window(folder) if folder else None
+    if window and seqlen > window:
+        raise ValueError(
+            f"data_config.seqlen={seqlen} is longer than the sliding window of "
+            f"model_config.init_from={folder!r}, and this model has none; lower it to {window}"
+        )
+    longest = build_llama_config().max_position_embeddings
+    if seqlen <= longest:
+        return []
+    return [
+        f"warning: data_config.seqlen={seqlen} is longer than the model's max_position_embeddings="
+        f"{longest}; change rope_theta or rope_scaling in model_config.overrides"
+    ]
+
+
 def check_machine() -> None:
     """Raises ValueError for more processes than GPUs, or torch.compile without a C compiler."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -112,10 +134,13 @@ def open_sources() -> Sources:
 
 def run_config(sources: Sources) -> dict[str, Any]:
     """Returns what config.json and checkpoints record: the config, the shape, data and machine."""
+    config, source = build_llama_config(), sources["train"]
+    corpus = source.corpus if isinstance(source, TokenSource) else None
     return {
         **run_settings.sections(),
-        "llama_config": asdict(build_llama_config()),
-        "data": sources["train"].description,
+        "llama_config": asdict(config),
+        "tokenizer": tokenizer.describe(corpus, model_config["init_from"], config.vocab_size),
+        "data": source.description,
         "fingerprints": {
             name: source.corpus.fingerprint if isinstance(source, TokenSource) else "random"
             for name, source in sources.items()
@@ -126,11 +151,16 @@ def run_config(sources: Sources) -> dict[str, Any]:
 
 def check_files(sources: Sources) -> None:
     """Checks `init_from`, locks output_dir, and checks that the run can resume from it."""
-    if model_config["init_from"]:
+    folder, source = model_config["init_from"], sources["train"]
+    if folder:
         with torch.device("meta"):
-            weights.check_weights(LlamaForCausalLM(build_llama_config()), model_config["init_from"])
+            weights.check_weights(LlamaForCausalLM(build_llama_config()), folder)
     lock_output_dir(train_config["output_dir"])
-    checkpoint.check_resume(run_config(sources), restarts())
+    config = run_config(sources)
+    checkpoint.check_resume(config, restarts())
+    is_new = not checkpoint.find(config, restarts())
+    if folder and is_new and model_config["check_tokenizer"] and isinstance(source, TokenSource):
+        tokenizer.check(source.corpus, data_config["source"], folder)
 
 
 def log_run(sources: Sources, notes: list[str]) -> None:
