@@ -41,8 +41,8 @@ class LlamaConfig:
                 object.__setattr__(self, field.name, value)
             if wanted in (int, float, bool) and type(value) is not wanted:
                 raise ValueError(f"model: {field.name}={value!r} must be of type {wanted.__name__}")
-            elif wanted is int and value < 1:
-                raise ValueError(f"model: {field.name}={value} must be at least 1")
+            elif wanted is int and not 1 <= value < 2**31:
+                raise ValueError(f"model: {field.name}={value} must be at least 1, and below 2^31")
             elif wanted is float and not 0 < value < math.inf:
                 raise ValueError(f"model: {field.name}={value} must be a number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -116,8 +116,6 @@ class LlamaConfig:
         A Mistral is a Llama, as long as no row is longer than its `sliding_window`.
         Raises ValueError for an architecture that `modeling_llama.py` does not have.
         """
-        if not isinstance(hf_config, dict):
-            raise ValueError("config.json must hold a JSON object")
         # A null means the default, except for the sliding_window of a Mistral.
         given = {key: value for key, value in hf_config.items() if value is not None}
         is_mistral = given.get("model_type") == "mistral"
@@ -132,7 +130,7 @@ class LlamaConfig:
             if key == "partial_rotary_factor":
                 value = rope.pop(key, value)
             if value not in allowed:
-                names = " or ".join(repr(choice) for choice in allowed)
+                names = " or ".join("absent" if c is None else repr(c) for c in allowed)
                 raise ValueError(f"config.json: {key}={value!r} must be {names}")
         values = {f.name: given[f.name] for f in fields(cls) if f.name in given}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
@@ -189,7 +187,7 @@ ROPE_SCALING = {
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < 2**63
 
 
 def _from_hf_rope(

@@ -16,8 +16,8 @@ from data.corpus import END_OF_DOCUMENT, Corpus, open_corpus
 
 from . import weights
 from .format import read_manifest
+from .weights import SPECIAL_TOKENS
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Files that can be a whole tokenizer, and files beside them. None of them is code.
 WHOLE = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
@@ -170,20 +170,22 @@ def check(corpus: Corpus, source: str, folder: str) -> None:
     """
     has_tokenizer, prepared = bool(files(folder)), os.path.join(source, "tokenizer")
     if corpus.tokenizer == "bytes":
-        ours, fault = _vocabulary(_byte_tokenizer()["tokenizer.json"]), "is read as bytes"
+        fault = "is read as bytes"
+        is_same = os.path.exists(os.path.join(folder, "tokenizer.json")) and _agree(
+            _vocabulary(_byte_tokenizer()["tokenizer.json"]), _read_vocabulary(folder)
+        )
     else:
-        ours = _read_vocabulary(prepared) if has_tokenizer and files(prepared) else None
         fault = "is a corpus of another tokenizer"
         if not (has_tokenizer and corpus.tokenizer):
             return
-    if has_tokenizer:
         theirs = _read_vocabulary(folder)
-        if ours is None:  # an older prepared folder, or a tokenizer that was removed
+        if files(prepared):
+            is_same = _agree(_read_vocabulary(prepared), theirs)
+        else:
             merged = sorted({**theirs[0], **theirs[1]}.items())
-            if hashlib.sha256(json.dumps(merged).encode()).hexdigest() == corpus.tokenizer:
-                return
-        elif _agree(ours, theirs):
-            return
+            is_same = hashlib.sha256(json.dumps(merged).encode()).hexdigest() == corpus.tokenizer
+    if is_same:
+        return
     other = "has another tokenizer" if has_tokenizer else "has no tokenizer; put it there"
     raise ValueError(
         f"data_config.source={source!r} {fault}, but model_config.init_from={folder!r} {other}; "
@@ -233,4 +235,5 @@ def _vocabulary(tokenizer: dict[str, Any]) -> Vocabulary:
     tokens = tokenizer["model"]["vocab"]
     if isinstance(tokens, list):
         tokens = {token: i for i, (token, _) in enumerate(tokens)}
-    return tokens, {added["content"]: added["id"] for added in tokenizer.get("added_tokens") or []}
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+    return {t: int(i) for t, i in tokens.items()}, {t: int(i) for t, i in added.items()}

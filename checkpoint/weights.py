@@ -20,6 +20,7 @@ import configuration_llama
 from configuration_llama import LlamaConfig
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -71,15 +72,17 @@ def sliding_window(folder: str) -> int | None:
 
 
 @functools.cache  # the folder may disappear after the start
-def read_json(folder: str, name: str) -> Any:
-    """Returns the content of a folder's file. Raises ValueError if it cannot be read."""
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """Returns the JSON object in a folder's file. Raises ValueError if it cannot be read."""
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
-        return json.loads(text)
+            content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {_hint(path) or error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
 
 
 def _hint(path: str) -> str:
@@ -92,17 +95,12 @@ def _hint(path: str) -> str:
 
 def special_tokens(folder: str) -> dict[str, Any]:
     """Returns the folder's ids of special tokens, as transformers' `generate` takes them."""
-    ids = {"bos_token_id": 1, "eos_token_id": 2}  # of a Llama, where the file has none
-    names = ["config.json"]
+    config, generation = read_json(folder, "config.json"), {}
     if os.path.exists(os.path.join(folder, "generation_config.json")):
-        names.append("generation_config.json")
-    for name in names:
-        content = read_json(folder, name)
-        if not isinstance(content, dict):
-            raise ValueError(f"model_config.init_from={folder!r}: {name} must hold a JSON object")
-        ids |= {key: value for key, value in content.items() if key.endswith("os_token_id")}
-        ids |= {key: value for key, value in content.items() if key == "pad_token_id"}
-    return ids
+        generation = read_json(folder, "generation_config.json")
+    defaults = {"bos_token_id": 1, "eos_token_id": 2}  # of a Llama, where the file has none
+    ids = {key: config.get(key, defaults.get(key)) for key in SPECIAL_TOKENS}
+    return ids | {key: generation[key] for key in ids if generation.get(key) is not None}
 
 
 class Stored(NamedTuple):
@@ -152,8 +150,7 @@ def _weight_files(folder: str) -> list[str]:
                 else "give a folder that transformers' save_pretrained wrote"
             )
         )
-    content = read_json(folder, INDEX)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(folder, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map; get the file again")
     files = []

@@ -18,6 +18,7 @@ import context_parallel
 from checkpoint import tokenizer, weights
 from configuration_llama import LlamaConfig
 from data import RandomSource, TokenSource, open_source
+from data.corpus import open_corpus
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 
@@ -45,6 +46,7 @@ def set_up(arguments: list[str]) -> Sources:
     notes += [f"attention: {line}" for line in choose_backend()]
     notes += check_rows()
     check_machine()
+    check_init_from()
     sources = open_sources()
     check_files(sources)
     log_run(sources, notes)
@@ -122,6 +124,20 @@ def check_machine() -> None:
         )
 
 
+def check_init_from() -> None:
+    """Raises ValueError if `init_from` has not the model's weights, or not the data's tokens."""
+    folder, source = model_config["init_from"], data_config["source"]
+    if not folder:
+        return
+    with torch.device("meta"):
+        weights.check_weights(LlamaForCausalLM(build_llama_config()), folder)
+    if source == "random" or not model_config["check_tokenizer"]:
+        return
+    if not checkpoint.find(run_settings.sections(), restarts()):  # a run that resumes has started
+        keys = data_config["skip_undecodable"], data_config["end_of_text_id"]
+        tokenizer.check(open_corpus("data_config.source", source, *keys), source, folder)
+
+
 def open_sources() -> Sources:
     """Opens the data: "train", and "validation" if the run evaluates."""
     vocab_size = build_llama_config().vocab_size
@@ -150,17 +166,9 @@ def run_config(sources: Sources) -> dict[str, Any]:
 
 
 def check_files(sources: Sources) -> None:
-    """Checks `init_from`, locks output_dir, and checks that the run can resume from it."""
-    folder, source = model_config["init_from"], sources["train"]
-    if folder:
-        with torch.device("meta"):
-            weights.check_weights(LlamaForCausalLM(build_llama_config()), folder)
+    """Locks output_dir, and checks that the run can resume from it."""
     lock_output_dir(train_config["output_dir"])
-    config = run_config(sources)
-    checkpoint.check_resume(config, restarts())
-    is_new = not checkpoint.find(config, restarts())
-    if folder and is_new and model_config["check_tokenizer"] and isinstance(source, TokenSource):
-        tokenizer.check(source.corpus, data_config["source"], folder)
+    checkpoint.check_resume(run_config(sources), restarts())
 
 
 def log_run(sources: Sources, notes: list[str]) -> None:
