@@ -123,12 +123,8 @@ class LlamaConfig:
         if not isinstance(rope, dict):
             raise ValueError(f"config.json: rope_scaling={rope!r} must be null or an object")
         rope = {key: value for key, value in rope.items() if value is not None}
-        architecture = {**HF_ARCHITECTURE, "model_type": ("llama", "mistral")}
-        for key, wanted in {**architecture, **HF_WITHOUT}.items():
-            allowed = wanted if isinstance(wanted, tuple) else (wanted,)
-            value = given.get(key, allowed[0])
-            if key == "partial_rotary_factor":
-                value = rope.pop(key, value)
+        for key, allowed in HF_READ.items():
+            value = rope.pop(key, given.get(key, allowed[0]))  # one of them may be in either
             if value not in allowed:
                 names = " or ".join("absent" if c is None else repr(c) for c in allowed)
                 raise ValueError(f"config.json: {key}={value!r} must be {names}")
@@ -169,8 +165,14 @@ HF_ARCHITECTURE = {
     "mlp_bias": False,
 }
 
-# Other architectures have other values here.
-HF_WITHOUT = {"partial_rotary_factor": 1, "quantization_config": None, "transformers_weights": None}
+# What `from_hf` reads, with the default first. A Mistral has Llama's other fields, or none.
+HF_READ = {
+    **{key: (value,) for key, value in HF_ARCHITECTURE.items()},
+    "model_type": ("llama", "mistral"),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (None,),
+    "transformers_weights": (None,),
+}
 
 # The keys of `rope_scaling`, by its rope_type: those that are needed, and others.
 ROPE_SCALING = {

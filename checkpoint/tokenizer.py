@@ -6,6 +6,7 @@ is unknown.
 
 import fnmatch
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 from data.corpus import END_OF_DOCUMENT, Corpus, open_corpus
 
 from . import weights
-from .format import read_manifest
+from .format import checkpoints, read_manifest
 from .weights import SPECIAL_TOKENS
 
 # Files that can be a whole tokenizer, and files beside them. None of them is code.
@@ -46,7 +47,11 @@ def _valid(ids: Any, vocab_size: int) -> int | list[int] | None:
 
 
 def of_config(config: dict[str, Any]) -> str:
-    """Returns the tokenizer of a run with this config, as `preflight.run_config` returns it."""
+    """Returns the tokenizer of a run with this config, as `preflight.run_config` returns it; ""
+    for a config that records none.
+    """
+    if "tokenizer" not in config:
+        return ""
     if config["tokenizer"]["sha256"] == "bytes":
         return "bytes"
     prepared = os.path.join(config["data_config"]["source"], "tokenizer")
@@ -64,15 +69,15 @@ def of_checkpoint(path: str) -> tuple[str, dict[str, Any]]:
     config = read_manifest(path)["config"]
     if "tokenizer" not in config:
         data_config, corpus = config["data_config"], None
-        source = os.path.expanduser(data_config["source"])
-        config["data_config"] = {**data_config, "source": source}
+        data_config["source"] = os.path.expanduser(data_config["source"])
         init_from = config["model_config"].get("init_from", "")
         vocab_size = config["llama_config"]["vocab_size"]
         try:
-            if source != "random":
+            if data_config["source"] != "random":
                 skip_undecodable = data_config.get("skip_undecodable", False)
                 end_of_text_id = data_config.get("end_of_text_id", 50256)
-                corpus = open_corpus("data_config.source", source, skip_undecodable, end_of_text_id)
+                source = "data_config.source", data_config["source"]
+                corpus = open_corpus(*source, skip_undecodable, end_of_text_id)
             config["tokenizer"] = describe(corpus, init_from, vocab_size)
         except ValueError as error:
             print(f"warning: the end-of-text token is unknown: {error}", file=sys.stderr)
@@ -90,16 +95,27 @@ def tokenizer_folder(path: str) -> str | None:
 
 
 def keep(config: dict[str, Any]) -> None:
-    """Copies a run's tokenizer into its output_dir, once. Raises OSError on a full disk."""
-    folder = os.path.join(config["train_config"]["output_dir"], "tokenizer")
-    name = of_config(config)
-    if not name or os.path.exists(folder):
+    """Copies the tokenizer of a run that starts or resumes into its output_dir, once.
+
+    A new run renames a folder of that name. Raises OSError on a full disk.
+    """
+    output_dir, name = config["train_config"]["output_dir"], of_config(config)
+    folder = os.path.join(output_dir, "tokenizer")
+    exists = os.path.exists(folder)
+    if (
+        not name
+        or exists
+        and (checkpoints(output_dir) or os.path.realpath(folder) == os.path.realpath(name))
+    ):
         return
     temporary = f"{folder}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
         os.mkdir(temporary)
         copy(name, temporary)
+        if exists:
+            number = next(n for n in itertools.count(1) if not os.path.exists(f"{folder}.{n}"))
+            os.rename(folder, f"{folder}.{number}")
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -60,7 +60,7 @@ def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
     Raises ValueError if the file, or an override, is not valid.
     """
     try:
-        config = LlamaConfig.from_hf(read_json(folder, "config.json"))
+        config = LlamaConfig.from_hf(_configs(folder)[0])
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"model_config.init_from={folder!r}: {error}") from None
     return config.override(overrides)
@@ -68,10 +68,25 @@ def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
 
 def sliding_window(folder: str) -> int | None:
     """Returns the tokens that the folder's model attends to, None for all of them."""
-    return configuration_llama.sliding_window(read_json(folder, "config.json"))
+    return configuration_llama.sliding_window(_configs(folder)[0])
+
+
+def special_tokens(folder: str) -> dict[str, Any]:
+    """Returns the folder's ids of special tokens, as transformers' `generate` takes them."""
+    config, generation = _configs(folder)
+    defaults = {"bos_token_id": 1, "eos_token_id": 2}  # of a Llama, where the file has none
+    ids = {key: config.get(key, defaults.get(key)) for key in SPECIAL_TOKENS}
+    return ids | {key: generation[key] for key in ids if generation.get(key) is not None}
 
 
 @functools.cache  # the folder may disappear after the start
+def _configs(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the content of config.json, and of generation_config.json, which may be missing."""
+    optional = "generation_config.json"
+    has_optional = os.path.exists(os.path.join(folder, optional))
+    return read_json(folder, "config.json"), read_json(folder, optional) if has_optional else {}
+
+
 def read_json(folder: str, name: str) -> dict[str, Any]:
     """Returns the JSON object in a folder's file. Raises ValueError if it cannot be read."""
     path = os.path.join(folder, name)
@@ -91,16 +106,6 @@ def _hint(path: str) -> str:
         if file.read(42).startswith(b"version https://git-lfs.github.com/spec/"):
             return "it is a pointer of Git LFS; get the file with `git lfs pull`"
     return ""
-
-
-def special_tokens(folder: str) -> dict[str, Any]:
-    """Returns the folder's ids of special tokens, as transformers' `generate` takes them."""
-    config, generation = read_json(folder, "config.json"), {}
-    if os.path.exists(os.path.join(folder, "generation_config.json")):
-        generation = read_json(folder, "generation_config.json")
-    defaults = {"bos_token_id": 1, "eos_token_id": 2}  # of a Llama, where the file has none
-    ids = {key: config.get(key, defaults.get(key)) for key in SPECIAL_TOKENS}
-    return ids | {key: generation[key] for key in ids if generation.get(key) is not None}
 
 
 class Stored(NamedTuple):

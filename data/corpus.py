@@ -140,6 +140,7 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
     It reads each file once to find the documents. They end with end_of_text_id or with their file.
     """
     files, starts, largest, base, crc32 = [], [np.zeros(1, dtype=np.int64)], 0, 0, 0
+    has_ends = False
     for path in paths:
         try:
             size = os.path.getsize(path)
@@ -170,7 +171,9 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
             )
         for first in range(0, num_tokens, 2**24):
             block = tokens[first : first + 2**24]
-            starts.append(np.flatnonzero(block == end_of_text_id) + base + first + 1)
+            ends = np.flatnonzero(block == end_of_text_id)
+            has_ends = has_ends or len(ends) > 0
+            starts.append(ends + base + first + 1)
             largest = max(largest, int(block.max()))
             crc32 = zlib.crc32(block, crc32)
         files.append(tokens)
@@ -179,7 +182,7 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
             starts.append(np.array([base]))
     starts = np.concatenate(starts)
     fingerprint = f"{base} tokens, {crc32:08x} {zlib.crc32(starts):08x}"
-    eos = {"eos_token_id": end_of_text_id}
+    eos = {"eos_token_id": end_of_text_id if has_ends else None}
     return Corpus(files, starts, largest + 1, "", fingerprint, special_tokens=eos)
 
 

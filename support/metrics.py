@@ -209,12 +209,11 @@ class MetricsWriter:
         try:
             with tempfile.TemporaryFile("w", dir=output_dir) as file:
                 file.write(content)  # a full disk shows here, before a file is changed
+            tokenizer.keep(run_config)
             if checkpoints(output_dir):
                 _cut_after(path, first_iter)
             else:  # a new run, or a branch of another
-                names = ["config.json", "metrics.jsonl", "tensorboard", "tokenizer"]
-                _keep_earlier(output_dir, names)
-            tokenizer.keep(run_config)
+                _keep_earlier(output_dir, ["config.json", "metrics.jsonl", "tensorboard"])
             with open(os.path.join(output_dir, "config.json"), "w") as file:
                 file.write(content)
             # Unbuffered, so that `write` returns how much of a line is in the file.

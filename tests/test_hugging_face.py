@@ -202,7 +202,7 @@ def test_a_mistral_without_a_sliding_window_is_read_as_a_llama(cp_group, config,
     data_config["seqlen"] = 600
     assert preflight.check_rows() == []
     change(tmp_path / "config.json", sliding_window=512)
-    weights.read_json.cache_clear()
+    weights._configs.cache_clear()
     with pytest.raises(ValueError, match="seqlen=600 is longer than the sliding window .* to 512"):
         preflight.check_rows()
     data_config["seqlen"] = 512
@@ -255,7 +255,6 @@ def corpus(folder, tmp_path):
 
 def check(source, folder, **keys):
     data_config["source"], model_config["init_from"] = str(source), str(folder)
-    weights.read_json.cache_clear()
     preflight.check_init_from()
 
 
