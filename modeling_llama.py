@@ -7,37 +7,15 @@ Shapes in comments: `s` local tokens, `h` hidden, `nh` heads, `nkv` key/value he
 `v` vocabulary.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from configuration_llama import LlamaConfig
+from configuration_llama import LlamaConfig, rope_attention_factor, rope_frequencies
 from context_parallel import calc_attn
 
 LOSS_SLICE_SIZE = 8192  # tokens whose logits exist at a time
-
-
-def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """Returns RoPE's angular frequencies in radians per position, [hd / 2], float64.
-
-    Llama 3's scaling (https://arxiv.org/abs/2407.21783; the formula as in Meta's `apply_scaling`):
-    wavelengths above `original / low_freq_factor` are stretched by `factor`, those below
-    `original / high_freq_factor` are kept, and between the two it interpolates linearly in
-    `original / wavelength`.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
-    frequencies = config.rope_theta ** -(exponents / config.head_dim)
-    if config.rope_scaling is None:
-        return frequencies
-    low = config.rope_scaling["low_freq_factor"]
-    high = config.rope_scaling["high_freq_factor"]
-    original = config.rope_scaling["original_max_position_embeddings"]
-    wavelengths = 2 * math.pi / frequencies
-    kept = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / config.rope_scaling["factor"])
 
 
 def rope_cos_sin(config: LlamaConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +25,8 @@ def rope_cos_sin(config: LlamaConfig, position_ids: Tensor) -> tuple[Tensor, Ten
     """
     frequencies = rope_frequencies(config, position_ids.device)
     angles = torch.outer(position_ids.to(torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+    factor = rope_attention_factor(config)
+    return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ CORPORA = ("data", "data_config.source", "data_config.validation_source")
 # Keys of a run's place and its log. They do not change its training.
 PLACE = (
     "machine.",
+    "tokenizer.",
     "train_config.output_dir",
     "train_config.resume",
     "train_config.continue_from",
@@ -211,6 +212,13 @@ def _check_model(path: str, manifest: dict[str, Any], config: dict[str, Any]) ->
                 f"llama_config.{key}={wanted!r}, but {path} was trained with {value!r}; set "
                 f"model_config to the checkpoint's, or give another checkpoint"
             )
+    names = [c.get("tokenizer", {}).get("sha256") for c in (manifest["config"], config)]
+    if all(names) and names[0] != names[1] and config["model_config"]["check_tokenizer"]:
+        raise CheckpointError(
+            f"{path} was trained on a corpus of another tokenizer; prepare this one with its "
+            f"tokenizer (--tokenizer {os.path.dirname(path)}/tokenizer), or set "
+            f"model_config.check_tokenizer=false"
+        )
 
 
 def _next_row(saved: dict[str, Any], config: dict[str, Any], step: int) -> int:

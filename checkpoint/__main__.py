@@ -11,12 +11,14 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+from functools import partial
 
 import torch
 
 from configuration_llama import LlamaConfig
 
-from . import newest_complete, weights
+from . import newest_complete, tokenizer, weights
 from .format import Reader, read_manifest
 
 
@@ -31,51 +33,57 @@ def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
     def fill(weights: dict[str, torch.Tensor]) -> None:
         reader.load({"model": weights}, no_dist=True)
 
+    shape = LlamaConfig(**config["llama_config"])
+    longest = max(shape.max_position_embeddings, config["data_config"]["seqlen"])
+    name, special_tokens = tokenizer.of_checkpoint(path)
     files = weights.write_folder(
         out_dir,
-        LlamaConfig(**config["llama_config"]),
+        shape.override({"max_position_embeddings": longest}),
         sizes,
         fill,
         getattr(torch, dtype),
         int(max_shard_gib * 2**30),
+        special_tokens,
+        partial(tokenizer.copy, name),
     )
     print(f"{path} -> {out_dir}: {len(sizes)} tensors in {dtype}, {files} files")
+    if not name:
+        print("warning: the tokenizer is unknown; copy it into the folder", file=sys.stderr)
 
 
 def sample(path: str, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    """Prints a prompt and what the model of a checkpoint writes after it.
+    """Prints a prompt and the text that a checkpoint's model writes after it.
 
-    tokens: at the most; a text also ends with the end-of-text token. temperature: 0 takes the most
-    likely token each time. transformers' own Llama writes, on the GPU if there is one.
+    tokens: how many at the most; the end-of-text token ends it too. temperature: 0 takes the most
+    likely token each time. transformers' Llama writes, on a GPU if there is one.
     """
     try:
         import transformers
     except ImportError as error:
         raise ValueError(f"{error}; to sample, `pip install transformers`") from None
     path = newest_complete(path)
-    config = read_manifest(path)["config"]
-    llama_config = LlamaConfig(**config["llama_config"])
-    if not llama_config.is_causal:
-        raise ValueError(f"{path} was trained with is_causal=False, and cannot write text")
-    encode, decode, end = text_codec(path, config)
-    if not (ids := encode(prompt)):
-        raise ValueError("--prompt '' has no token; give a text")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config.to_hf()))
-    parameters = {k: v.data for k, v in model.named_parameters()}  # a tied head has no name of its own
+    config = LlamaConfig(**read_manifest(path)["config"]["llama_config"])
+    if not config.is_causal:
+        raise ValueError(f"{path} was trained with is_causal=False, so it cannot write text")
+    name, special_tokens = tokenizer.of_checkpoint(path)
+    if not name:
+        folder = os.path.join(os.path.dirname(path), "tokenizer")
+        raise ValueError(f"the tokenizer of {path} is unknown; copy its files into {folder}")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.copy(name, folder)
+        codec = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    inputs = codec(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ValueError(f"--prompt {prompt!r} has no token; give a text")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf()))
+    model.generation_config = transformers.GenerationConfig(**special_tokens)
+    parameters = {name: param.data for name, param in model.named_parameters()}
     Reader(path).load({"model": parameters}, no_dist=True)
-    model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
-    input_ids = torch.tensor([ids], device=device)
-    written = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        eos_token_id=end,
-        pad_token_id=end[0] if end else 0,
-    )
-    print(decode(written[0].tolist()))
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    written = model.to(device).generate(**inputs.to(device), max_new_tokens=tokens, **sampling)
+    print(codec.decode(written[0], skip_special_tokens=True))
 
 
 def inspect(path: str) -> None:
@@ -101,15 +109,20 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    inspecting, exporting = commands.add_parser("inspect"), commands.add_parser("export")
-    for command in (inspecting, exporting):
+    inspecting, exporting, sampling = map(commands.add_parser, ("inspect", "export", "sample"))
+    for command in (inspecting, exporting, sampling):
         command.add_argument("path", type=os.path.expanduser, metavar="RUN_OR_STEP")
     exporting.add_argument("out_dir", type=os.path.expanduser, metavar="OUT_DIR")
     exporting.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     exporting.add_argument("--max-shard-gib", type=float, default=5.0)
+    sampling.add_argument("--prompt", required=True, metavar="TEXT")
+    sampling.add_argument("--tokens", type=int, default=100, help="to write, at the most")
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    sampling.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     try:
-        {"inspect": inspect, "export": export}[options.pop("command")](**options)
+        commands = {"inspect": inspect, "export": export, "sample": sample}
+        commands[options.pop("command")](**options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,22 +1,27 @@
 """Weights from a seed, and Hugging Face folders: `config.json` and `*.safetensors`."""
 
+import contextlib
+import fnmatch
 import functools
 import json
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+import configuration_llama
 from configuration_llama import LlamaConfig
+
+SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @torch.no_grad()
@@ -55,43 +60,180 @@ def read_config(folder: str, overrides: dict[str, Any]) -> LlamaConfig:
     Raises ValueError if the file, or an override, is not valid.
     """
     try:
-        config = _folder_config(folder)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        config = LlamaConfig.from_hf(_configs(folder)[0])
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"model_config.init_from={folder!r}: {error}") from None
     return config.override(overrides)
 
 
+def sliding_window(folder: str) -> int | None:
+    """Returns the tokens that the folder's model attends to, None for all of them."""
+    return configuration_llama.sliding_window(_configs(folder)[0])
+
+
+def special_tokens(folder: str) -> dict[str, Any]:
+    """Returns the folder's ids of special tokens, as transformers' `generate` takes them."""
+    config, generation = _configs(folder)
+    defaults = {"bos_token_id": 1, "eos_token_id": 2}  # of a Llama, where the file has none
+    ids = {key: config.get(key, defaults.get(key)) for key in SPECIAL_TOKENS}
+    return ids | {key: generation[key] for key in ids if generation.get(key) is not None}
+
+
 @functools.cache  # the folder may disappear after the start
-def _folder_config(folder: str) -> LlamaConfig:
-    with open(os.path.abspath(os.path.join(folder, "config.json"))) as file:
-        return LlamaConfig.from_hf(json.load(file))
+def _configs(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the content of config.json, and of generation_config.json, which may be missing."""
+    optional = "generation_config.json"
+    has_optional = os.path.exists(os.path.join(folder, optional))
+    return read_json(folder, "config.json"), read_json(folder, optional) if has_optional else {}
+
+
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """Returns the JSON object in a folder's file. Raises ValueError if it cannot be read."""
+    path = os.path.abspath(os.path.join(folder, name))
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {_hint(path) or error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def _hint(path: str) -> str:
+    """Returns what to do if the file is a pointer of Git LFS."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(42).startswith(b"version https://git-lfs.github.com/spec/"):
+            return "it is a pointer of Git LFS; get the file with `git lfs pull`"
+    return ""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file. name: in the file. dtype: in safetensors' words, such as BF16."""
+
+    path: str
+    name: str
+    shape: list[int]
+    dtype: str
+
+
+def stored_tensors(folder: str) -> dict[str, Stored]:
+    """Returns the tensors that transformers loads from the folder, by the model's names.
+
+    It reads model.safetensors, or else the files that model.safetensors.index.json names.
+    """
+    found = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    # A `LlamaModel` was saved without its head, and without this prefix.
+                    is_base = name.partition(".")[0] in ("embed_tokens", "layers", "norm")
+                    ours, tensor = f"model.{name}" if is_base else name, file.get_slice(name)
+                    if ours in found:
+                        raise ValueError(f"{path} and {found[ours].path} both hold {ours}")
+                    found[ours] = Stored(path, name, tensor.get_shape(), tensor.get_dtype())
+        except (OSError, SafetensorError) as error:
+            reason = _hint(path) or f"{error}; it is damaged or incomplete, so get it again"
+            raise ValueError(f"{path} cannot be read: {reason}") from None
+    return found
+
+
+def _weight_files(folder: str) -> list[str]:
+    single, index = (os.path.join(folder, name) for name in (SAFETENSORS, INDEX))
+    if os.path.isfile(single):
+        return [single]
+    if not os.path.isfile(index):
+        names = sorted(os.listdir(folder))
+        old = [name for name in names if fnmatch.fnmatch(name, "pytorch_model*.bin*")]
+        raise ValueError(
+            f"it has neither {SAFETENSORS} nor {INDEX}; "
+            + (
+                f"convert its {old[0]} with transformers: load the folder with "
+                f"AutoModelForCausalLM.from_pretrained, and save it with save_pretrained"
+                if old
+                else "give a folder that transformers' save_pretrained wrote"
+            )
+        )
+    weight_map = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map; get the file again")
+    files = []
+    for name in weight_map.values():
+        if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split(os.sep):
+            raise ValueError(f"{index} names {name!r}, which is not a file of the folder")
+        files.append(os.path.join(folder, name))
+    for path in sorted(set(files)):
+        if not os.path.isfile(path):
+            raise ValueError(f"{index} names {path}, which is missing; get the file")
+    return sorted(set(files))
 
 
 def check_weights(model: nn.Module, folder: str) -> None:
-    """Raises ValueError if the folder's tensors do not match the model's. It reads no weights."""
-    metadata = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
-    found = {name: tensor.size for name, tensor in metadata.items()}
-    wanted = {name: tensor.size() for name, tensor in model_state(model).items()}
-    if model.config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
+    """Raises ValueError if the folder's tensors do not match the model's.
+
+    It reads no weights, except those of a head that may differ from the embedding it is tied to.
+    """
+    try:
+        _check_weights(model, stored_tensors(folder))
+    except ValueError as error:
+        raise ValueError(f"model_config.init_from={folder!r}: {error}") from None
+
+
+def _check_weights(model: nn.Module, found: dict[str, Stored]) -> None:
+    wanted = {name: list(tensor.size()) for name, tensor in model_state(model).items()}
+    head = found.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     for name in sorted(found.keys() | wanted.keys()):
         if name.endswith("rotary_emb.inv_freq"):  # stored by old versions, not a weight
             continue
-        shapes = [list(shape[name]) if name in shape else "none" for shape in (found, wanted)]
-        if shapes[0] != shapes[1]:
+        stored = found[name].shape if name in found else "none"
+        if stored != wanted.get(name, "none"):
             raise ValueError(
-                f"model_config.init_from={folder!r}: the shape of {name} in its *.safetensors is "
-                f"{shapes[0]}, in the model {shapes[1]}; give another folder or other "
-                f"model_config.overrides"
+                f"the shape of {name} in its *.safetensors is {stored}, in the model "
+                f"{wanted.get(name, 'none')}; give another folder or other model_config.overrides"
             )
+        if found[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{name} is stored as {found[name].dtype}, but must be one of {', '.join(FLOATS)}; "
+                f"give a folder that is not quantized"
+            )
+    if head is not None and not _are_equal(head, found["model.embed_tokens.weight"]):
+        raise ValueError(
+            "its lm_head.weight differs from its embedding, though its config.json ties them; set "
+            "model_config.overrides.tie_word_embeddings=false"
+        )
 
 
+def _are_equal(a: Stored, b: Stored) -> bool:
+    """Compares two matrices, some rows at a time."""
+    if a.shape != b.shape:
+        return False
+    with safe_open(a.path, framework="pt") as file_a, safe_open(b.path, framework="pt") as file_b:
+        slices = file_a.get_slice(a.name), file_b.get_slice(b.name)
+        return all(
+            torch.equal(*(part[start : start + 4096].float() for part in slices))
+            for start in range(0, a.shape[0], 4096)
+        )
+
+
+@torch.no_grad()
 def load_weights(model: nn.Module, folder: str) -> None:
-    """Fills a sharded model from the folder, which may have another dtype.
+    """Fills a model, sharded by rows, from the folder, which may have another dtype.
 
-    Each rank reads only its own rows of each tensor. A collective over all ranks.
+    Each rank reads only its own rows of each tensor.
     """
-    dcp.load(model_state(model), storage_reader=HuggingFaceStorageReader(folder))
+    stored = stored_tensors(folder)
+    for name, tensor in model_state(model).items():
+        start = 0
+        if isinstance(tensor, DTensor):  # FSDP deals rows as `torch.chunk` does
+            assert tensor.placements == (Shard(0),), tensor.placements
+            start = tensor.device_mesh.get_local_rank() * -(
+                -len(tensor) // tensor.device_mesh.size()
+            )
+            tensor = tensor.to_local()
+        if tensor.numel():
+            with safe_open(stored[name].path, framework="pt") as file:
+                tensor.copy_(file.get_slice(stored[name].name)[start : start + len(tensor)])
 
 
 def write_folder(
@@ -101,11 +243,14 @@ def write_folder(
     fill: Callable[[dict[str, torch.Tensor]], None],
     dtype: torch.dtype,
     max_file_bytes: int,
+    special_tokens: dict[str, Any],
+    copy_tokenizer: Callable[[str], None],
 ) -> int:
     """Writes a folder that transformers' `from_pretrained` reads; returns the number of its files.
 
     sizes: each weight's, by name. fill: fills the empty tensors that it is given. It is called once
-    per file, so at most max_file_bytes (or one tensor) is in memory.
+    per file, so at most max_file_bytes (or one tensor) is in memory. special_tokens: their ids.
+    copy_tokenizer: copies the tokenizer's files into the folder that it is given.
     The folder is complete or absent. Raises ValueError if it exists or cannot be written.
     """
     if os.path.lexists(folder):
@@ -139,11 +284,16 @@ def write_folder(
         if len(groups) > 1:
             total_size = sum(size.numel() for size in sizes.values()) * dtype.itemsize
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            with open(os.path.join(temporary, "model.safetensors.index.json"), "w") as file:
+            with open(os.path.join(temporary, INDEX), "w") as file:
                 json.dump(index, file, indent=2)
         hf_config = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
-        with open(os.path.join(temporary, "config.json"), "w") as file:
-            json.dump(hf_config, file, indent=2)
+        for name, content in (
+            ("config.json", {**hf_config, **special_tokens}),  # null: not Llama's default
+            ("generation_config.json", special_tokens),
+        ):
+            with open(os.path.join(temporary, name), "w") as file:
+                json.dump(content, file, indent=2)
+        copy_tokenizer(temporary)
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise ValueError(

@@ -12,7 +12,7 @@ import json
 import os
 import sysconfig
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Corpus:
     tokenizer: the SHA-256 of the tokenizer's vocabulary; `bytes` for text; empty if unknown.
     fingerprint: text that is equal for equal documents, wherever their files are.
     note: a remark at the end of the corpus's line in the log.
+    special_tokens: ids by Hugging Face's names; eos_token_id is the last token of a document.
     """
 
     files: list[np.ndarray]
@@ -47,6 +48,7 @@ class Corpus:
     tokenizer: str
     fingerprint: str
     note: str = ""
+    special_tokens: dict[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.file_starts = np.cumsum([0, *(len(file) for file in self.files)])
@@ -104,7 +106,8 @@ def open_corpus(key: str, name: str, skip_undecodable: bool, end_of_text_id: int
     if skipped:
         note = f", without {len(skipped)} files that are not UTF-8: {shortened(skipped)}"
     fingerprint = hashlib.sha256(tokens).hexdigest()
-    return Corpus([tokens], starts, END_OF_DOCUMENT + 1, "bytes", fingerprint, note)
+    eos = {"eos_token_id": END_OF_DOCUMENT}
+    return Corpus([tokens], starts, END_OF_DOCUMENT + 1, "bytes", fingerprint, note, eos)
 
 
 def read_text(path: str, skip_undecodable: bool) -> bytes | None:
@@ -137,6 +140,7 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
     It reads each file once to find the documents. They end with end_of_text_id or with their file.
     """
     files, starts, largest, base, crc32 = [], [np.zeros(1, dtype=np.int64)], 0, 0, 0
+    has_ends = False
     for path in paths:
         try:
             size = os.path.getsize(path)
@@ -167,7 +171,9 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
             )
         for first in range(0, num_tokens, 2**24):
             block = tokens[first : first + 2**24]
-            starts.append(np.flatnonzero(block == end_of_text_id) + base + first + 1)
+            ends = np.flatnonzero(block == end_of_text_id)
+            has_ends = has_ends or len(ends) > 0
+            starts.append(ends + base + first + 1)
             largest = max(largest, int(block.max()))
             crc32 = zlib.crc32(block, crc32)
         files.append(tokens)
@@ -176,7 +182,8 @@ def _read_token_files(paths: list[str], end_of_text_id: int) -> Corpus:
             starts.append(np.array([base]))
     starts = np.concatenate(starts)
     fingerprint = f"{base} tokens, {crc32:08x} {zlib.crc32(starts):08x}"
-    return Corpus(files, starts, largest + 1, "", fingerprint)
+    eos = {"eos_token_id": end_of_text_id if has_ends else None}
+    return Corpus(files, starts, largest + 1, "", fingerprint, special_tokens=eos)
 
 
 def is_prepared(folder: str) -> bool:
@@ -223,7 +230,10 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
     if starts[0] != 0 or starts[-1] != len(tokens) or (starts[1:] < starts[:-1]).any():
         raise ValueError(f"{folder}/offsets.bin does not rise from 0 to {len(tokens)}; {again}")
     fingerprint = f"{checksums['tokens.bin']} {checksums['offsets.bin']}"
-    return Corpus([tokens], starts, vocab_size, meta.get("tokenizer_sha256", ""), fingerprint)
+    ids = {name: meta.get(name) for name in ("bos_token_id", "pad_token_id")}
+    ids["eos_token_id"] = meta.get("end_of_text_id")
+    tokenizer = meta.get("tokenizer_sha256", "")
+    return Corpus([tokens], starts, vocab_size, tokenizer, fingerprint, special_tokens=ids)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -56,7 +56,7 @@ class Encoder:
     """A tokenizer that ends each document with the end-of-text token.
 
     vocab_size: token ids are smaller than this. sha256: of the vocabulary, to compare tokenizers;
-    `bytes` for bytes.
+    `bytes` for bytes. special_tokens: ids of other special tokens, or None, by transformers' names.
     """
 
     def __init__(self, name: str, end_of_text: str | None, allow_lossy: bool) -> None:
@@ -65,6 +65,7 @@ class Encoder:
         be loaded or has no such token.
         """
         self.name, self.allow_lossy, self.tokenizer = name, allow_lossy, None
+        self.special_tokens = {"bos_token_id": None, "pad_token_id": None}
         if name == "bytes":
             self.end_of_text_id, self.sha256 = END_OF_DOCUMENT, "bytes"
             self.vocab_size = END_OF_DOCUMENT + 1
@@ -73,7 +74,10 @@ class Encoder:
 
         try:
             if name.endswith(".json"):
-                self.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+                self.tokenizer = transformers.PreTrainedTokenizerFast(
+                    tokenizer_file=name,
+                    model_input_names=["input_ids", "attention_mask"],  # those of a Llama
+                )
             else:
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                     name,
@@ -98,6 +102,7 @@ class Encoder:
             )
         self.tokenizer.eos_token = end_of_text  # the saved tokenizer must have it too
         self.end_of_text_id = vocabulary[end_of_text]
+        self.special_tokens = {key: getattr(self.tokenizer, key) for key in self.special_tokens}
         self.vocab_size = max(vocabulary.values()) + 1
         self.sha256 = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
@@ -198,6 +203,7 @@ def prepare(
             "tokenizer_sha256": encoder.sha256,
             "vocab_size": encoder.vocab_size,
             "end_of_text_id": encoder.end_of_text_id,
+            **encoder.special_tokens,
             "dtype": str(token_dtype(encoder.vocab_size)),
             "num_documents": num_documents,
             "num_tokens": num_tokens,

@@ -47,7 +47,7 @@ RULES = [
         lambda v: type(v) is str,
         " ".join(["preset", "wandb_project", *PATHS]),
     ),
-    ("true or false", lambda v: type(v) is bool, "skip_undecodable compile"),
+    ("true or false", lambda v: type(v) is bool, "skip_undecodable compile check_tokenizer"),
     ("a dict of fields", lambda v: type(v) is dict and all(type(k) is str for k in v), "overrides"),
     (
         "an integer of at least 1, and up to 2^62",

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, checkpoints
+from checkpoint import CheckpointError, checkpoints, tokenizer
 from configuration_llama import LlamaConfig
 
 from . import stop, wandb_run
@@ -214,6 +214,7 @@ class MetricsWriter:
         try:
             with tempfile.TemporaryFile("w", dir=output_dir) as file:
                 file.write(content)  # a full disk shows here, before a file is changed
+            tokenizer.keep(run_config)
             if checkpoints(output_dir):
                 _cut_after(path, first_iter)
             else:  # a new run, or a branch of another

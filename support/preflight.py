@@ -14,9 +14,10 @@ import torch
 
 import checkpoint
 import context_parallel
-from checkpoint import weights
+from checkpoint import tokenizer, weights
 from configuration_llama import LlamaConfig
 from data import RandomSource, TokenSource, open_source
+from data.corpus import open_corpus
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 
@@ -46,7 +47,9 @@ def set_up(arguments: list[str]) -> Sources:
     overrides = [argument for argument in arguments if argument != EVALUATE]
     notes = run_settings.resolve(overrides, int(os.environ["WORLD_SIZE"]), evaluates)
     notes += [f"attention: {line}" for line in choose_backend()]
+    notes += check_rows()
     check_machine()
+    check_init_from(evaluates)
     if train_config["wandb_project"] and not evaluates and rank() == 0:
         wandb_run.check(train_config["wandb_project"])
     sources = open_sources(evaluates)
@@ -88,6 +91,27 @@ def choose_backend() -> list[str]:
     return lines
 
 
+def check_rows() -> list[str]:
+    """Returns a warning of rows that are longer than the model's positions, as a list.
+
+    Raises ValueError for rows that are longer than the sliding window of `init_from`.
+    """
+    seqlen, folder = data_config["seqlen"], model_config["init_from"]
+    window = weights.sliding_window(folder) if folder else None
+    if window and seqlen > window:
+        raise ValueError(
+            f"data_config.seqlen={seqlen} is longer than the sliding window of "
+            f"model_config.init_from={folder!r}, and this model has none; lower it to {window}"
+        )
+    longest = build_llama_config().max_position_embeddings
+    if seqlen <= longest:
+        return []
+    return [
+        f"warning: data_config.seqlen={seqlen} is longer than the model's max_position_embeddings="
+        f"{longest}; change rope_theta or rope_scaling in model_config.overrides"
+    ]
+
+
 def check_machine() -> None:
     """Raises ValueError for more processes than GPUs, or torch.compile without a C compiler."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -105,6 +129,22 @@ def check_machine() -> None:
         )
 
 
+def check_init_from(evaluates: bool) -> None:
+    """Raises ValueError if `init_from` has not the model's weights, or not the data's tokens."""
+    key = "validation_source" if evaluates and data_config["validation_source"] else "source"
+    folder, source = model_config["init_from"], data_config[key]
+    if not folder:
+        return
+    with torch.device("meta"):
+        weights.check_weights(LlamaForCausalLM(build_llama_config()), folder)
+    if source == "random" or not model_config["check_tokenizer"]:
+        return
+    paths, resumes = checkpoint.find(run_settings.sections(), restarts())
+    if not (paths and resumes):  # a run that resumes has started with the same corpus
+        keys = data_config["skip_undecodable"], data_config["end_of_text_id"]
+        tokenizer.check(open_corpus(f"data_config.{key}", source, *keys), source, folder)
+
+
 def open_sources(only_evaluates: bool = False) -> Sources:
     """Opens the data: "train", and "validation" if the run evaluates."""
     vocab_size, sources = build_llama_config().vocab_size, {}
@@ -118,10 +158,13 @@ def open_sources(only_evaluates: bool = False) -> Sources:
 
 def run_config(sources: Sources) -> dict[str, Any]:
     """Returns what config.json and checkpoints record: the config, the shape, data and machine."""
+    config, source = build_llama_config(), next(iter(sources.values()))
+    corpus = source.corpus if isinstance(source, TokenSource) else None
     return {
         **run_settings.sections(),
-        "llama_config": asdict(build_llama_config()),
-        "data": next(iter(sources.values())).description,
+        "llama_config": asdict(config),
+        "tokenizer": tokenizer.describe(corpus, model_config["init_from"], config.vocab_size),
+        "data": source.description,
         "fingerprints": {
             name: source.corpus.fingerprint if isinstance(source, TokenSource) else "random"
             for name, source in sources.items()
@@ -131,13 +174,10 @@ def run_config(sources: Sources) -> dict[str, Any]:
 
 
 def check_files(sources: Sources) -> None:
-    """Checks `init_from`, locks output_dir, and checks that the run can resume from it.
+    """Locks output_dir, and checks that the run can resume from it.
 
     A run that only evaluates needs weights, and changes nothing in output_dir.
     """
-    if model_config["init_from"]:
-        with torch.device("meta"):
-            weights.check_weights(LlamaForCausalLM(build_llama_config()), model_config["init_from"])
     if "train" in sources:
         lock_output_dir(train_config["output_dir"])
         checkpoint.check_resume(run_config(sources), restarts())

@@ -15,6 +15,7 @@ import modeling_llama
 from configuration_llama import LLAMA_32_ROPE, PRESETS
 from modeling_llama import LlamaForCausalLM, LlamaHead, rope_cos_sin
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 CONFIGS = {
     "grouped_query_tied": SMALL,
     "untied": dataclasses.replace(SMALL, tie_word_embeddings=False),
@@ -25,6 +26,23 @@ CONFIGS = {
         SMALL,
         rope_theta=10_000.0,
         rope_scaling={**LLAMA_32_ROPE, "factor": 8.0, "original_max_position_embeddings": 64},
+    ),
+    "linear": dataclasses.replace(SMALL, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "yarn": dataclasses.replace(SMALL, rope_scaling=YARN),
+    "yarn_with_all_keys": dataclasses.replace(
+        SMALL,
+        rope_theta=10_000.0,
+        rope_scaling={
+            **YARN,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.3,
+            "truncate": False,
+        },
+    ),
+    "yarn_attention_factor": dataclasses.replace(
+        SMALL, rope_scaling={**YARN, "attention_factor": 1.7}
     ),
 }
 

@@ -107,6 +107,7 @@ def test_init_from_starts_with_the_weights_of_transformers(tied, start, tmp_path
     arguments = [
         f"model_config.init_from={tmp_path / 'theirs'}",
         "model_config.overrides={}",
+        "model_config.check_tokenizer=false",
         "train_config.train_iters=1",
         "train_config.optimizer_config.learning_rate=0",
     ]
