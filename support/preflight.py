@@ -129,7 +129,7 @@ def check_machine() -> None:
         )
 
 
-def check_init_from(evaluates: bool) -> None:
+def check_init_from(evaluates: bool = False) -> None:
     """Raises ValueError if `init_from` has not the model's weights, or not the data's tokens."""
     key = "validation_source" if evaluates and data_config["validation_source"] else "source"
     folder, source = model_config["init_from"], data_config[key]
