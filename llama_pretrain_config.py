@@ -62,4 +62,5 @@ train_config = dict(
 parallel_config = dict(
     context_parallel_size=2,  # cp: ranks that share a sequence; dp is world size / cp
     context_parallel_backend="auto",  # or `magi_attention`, `native`
+    data_parallel_replicate_size=1,  # copies of the sharded weights (HSDP), such as one per node
 )

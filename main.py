@@ -37,7 +37,7 @@ from data import IGNORED_LABEL, DataError, Source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 from support import metrics, stop
-from support.preflight import build_llama_config, collective_timeout, run_config, set_up
+from support.preflight import build_llama_config, group_timeout, run_config, set_up, with_timeout
 from support.process import end_process, exit_with, rendezvous, restarts
 from support.recompute import apply_compile, apply_recompute
 
@@ -48,7 +48,7 @@ def init_env() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank())
         backend = "cpu:gloo,cuda:nccl"  # gloo: CPU collectives do not queue behind GPU kernels
-    timeout = collective_timeout()
+    timeout = group_timeout()
     store, rank, world_size = rendezvous(timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
@@ -58,15 +58,16 @@ def build_mesh() -> DeviceMesh:
     cp_size = parallel_config["context_parallel_size"]
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     shape = dist.get_world_size() // cp_size, cp_size
-    device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp"))
-    for mesh in (device_mesh["dp"], device_mesh["cp"], dp_cp_mesh(device_mesh)):
-        mesh.get_group().set_timeout(collective_timeout())
-    return device_mesh
+    return with_timeout(init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp")))
 
 
 def dp_cp_mesh(device_mesh: DeviceMesh) -> DeviceMesh:
-    """Returns the mesh of all ranks in one dimension; it is built by the first call."""
-    return device_mesh["dp", "cp"]._flatten("dp_cp")
+    """Returns FSDP's mesh: all ranks in one dimension, or with replicas (HSDP) a row for each."""
+    replicas = parallel_config["data_parallel_replicate_size"]
+    if replicas == 1:
+        return with_timeout(device_mesh["dp", "cp"]._flatten("dp_cp"))
+    ranks, names = device_mesh.mesh.view(replicas, -1), ("replicate", "dp_cp")
+    return with_timeout(DeviceMesh(device_mesh.device_type, ranks, mesh_dim_names=names))
 
 
 def build_llama_model() -> LlamaForCausalLM:
@@ -76,7 +77,7 @@ def build_llama_model() -> LlamaForCausalLM:
 
 
 def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
-    """Shards each decoder layer, the head and the rest over the 1-D dp_cp mesh.
+    """Shards each decoder layer, the head and the rest over the dp_cp mesh.
 
     Each rank has other tokens, whether along dp or along cp, so FSDP treats both alike. A tied
     embedding and head share the root's group: two groups would split their gradient. With
@@ -166,8 +167,7 @@ def prepare_magi_attention(
     """
     api = context_parallel.load_api(parallel_config["context_parallel_backend"])
     group = device_mesh.get_group("cp")
-    chunk_size = balanced_chunk_size(cu_seqlens, config.is_causal, dist.get_world_size(group))
-    dispatch_config = api.DispatchConfig(chunk_size=chunk_size)
+    size = balanced_chunk_size(cu_seqlens, config.is_causal, dist.get_world_size(group))
     key = api.magi_attn_varlen_key(
         cu_seqlens,
         cu_seqlens,
@@ -177,7 +177,7 @@ def prepare_magi_attention(
         pad_size=0,  # the key finds its own
         cp_group_or_mesh=group,
         causal=config.is_causal,
-        dist_attn_config=api.DistAttnConfig(dispatch_config=dispatch_config),
+        dist_attn_config=api.DistAttnConfig(dispatch_config=api.DispatchConfig(chunk_size=size)),
     )
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     position_ids = torch.arange(len(starts)) - starts

@@ -226,10 +226,10 @@ def load_weights(model: nn.Module, folder: str) -> None:
     for name, tensor in model_state(model).items():
         start = 0
         if isinstance(tensor, DTensor):  # FSDP deals rows as `torch.chunk` does
-            assert tensor.placements == (Shard(0),), tensor.placements
-            start = tensor.device_mesh.get_local_rank() * -(
-                -len(tensor) // tensor.device_mesh.size()
-            )
+            shard = tensor.device_mesh.ndim - 1  # the dimension before it holds replicas
+            assert tensor.placements[shard] == Shard(0), tensor.placements
+            rows = -(-len(tensor) // tensor.device_mesh.size(shard))
+            start = tensor.device_mesh.get_local_rank(shard) * rows
             tensor = tensor.to_local()
         if tensor.numel():
             with safe_open(stored[name].path, framework="pt") as file:

@@ -53,7 +53,7 @@ RULES = [
         "an integer of at least 1, and up to 2^62",
         lambda v: _is_int(v, 1),
         "seqlen batch_size train_iters gradient_accumulation_steps eval_iters"
-        " log_interval context_parallel_size",
+        " log_interval context_parallel_size data_parallel_replicate_size",
     ),
     (
         "an integer of at least 0, and up to 2^62",
@@ -199,6 +199,12 @@ def _check_layout(world_size: int) -> None:
             f"{world_size} processes; choose one of {', '.join(divisors)}"
         )
     dp_size, batch_size = world_size // cp_size, data_config["batch_size"]
+    replicas = parallel_config["data_parallel_replicate_size"]
+    if dp_size % replicas:
+        raise ValueError(
+            f"parallel_config.data_parallel_replicate_size={replicas} must divide dp {dp_size}, "
+            f"which is world size {world_size} / cp {cp_size}"
+        )
     accumulation = train_config["gradient_accumulation_steps"]
     parts = dp_size * accumulation
     if batch_size % parts:

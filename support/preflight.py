@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 import checkpoint
 import context_parallel
@@ -74,9 +75,16 @@ def build_llama_config() -> LlamaConfig:
     return LlamaConfig.from_preset(model_config["preset"], model_config["overrides"])
 
 
-def collective_timeout() -> timedelta:
+def group_timeout() -> timedelta:
     """Returns the timeout of collectives, longer than the watchdog's, which names the step."""
     return timedelta(seconds=2 * train_config["step_timeout"])
+
+
+def with_timeout(mesh: DeviceMesh) -> DeviceMesh:
+    """Returns the mesh; its groups have `group_timeout`, not torch's default."""
+    for group in mesh.get_all_groups():
+        group.set_timeout(group_timeout())
+    return mesh
 
 
 def choose_backend() -> list[str]:
@@ -193,8 +201,11 @@ def log_run(sources: Sources, notes: list[str]) -> None:
     config = build_llama_config()
     world_size, cp_size = int(os.environ["WORLD_SIZE"]), parallel_config["context_parallel_size"]
     log(f"machine: {', '.join(f'{k} {v}' for k, v in metrics.describe_machine().items())}")
-    log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes")
-    log(f"config: all keys in {os.path.join(train_config['output_dir'], 'config.json')}")
+    replicas = parallel_config["data_parallel_replicate_size"]
+    sharded = f"; {replicas} replicas of the weights" if replicas > 1 else ""
+    log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes{sharded}")
+    if "train" in sources:
+        log(f"config: all keys in {os.path.join(train_config['output_dir'], 'config.json')}")
     for line in notes:
         log(line)
     if train_config["compile"]:

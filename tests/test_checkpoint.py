@@ -128,6 +128,18 @@ def test_a_run_stopped_by_a_signal_resumes_in_another_layout(start, undisturbed,
     assert_same_to_1e_5(output_dir, undisturbed[1])
 
 
+def test_a_run_resumes_with_replicas_of_its_weights_and_without(start, undisturbed, tmp_path):
+    replicas = "parallel_config.data_parallel_replicate_size=2"
+    for processes, arguments in ((2, [replicas]), (1, [])):
+        running = start(*arguments, processes=processes, every=0).wait_for("step: ")
+        running.signal(signal.SIGTERM, 0)
+        assert running.exit_codes() == [0] * processes, running.said
+    ended = start(replicas, processes=4, cp=2, every=0)
+    assert ended.exit_codes() == [0] * 4, ended.said
+    assert "\nmesh: dp 2 x cp 2, 4 processes; 2 replicas of the weights\n" in ended.said
+    assert_same_to_1e_5(tmp_path / "run", undisturbed[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_rank_waits_for_others_ends_it_at_once(number, start):
     waiting = start(processes=1, absent=1).wait_for("parameters: ").signal(number)

@@ -211,4 +211,4 @@ def test_no_value_of_any_key_ends_in_a_traceback(key, config, tmp_path, monkeypa
             assert "\n" not in str(error), value
             continue
         main.build_optimizer(torch.nn.Linear(2, 2), main.train_config["optimizer_config"])
-        main.collective_timeout()
+        main.group_timeout()

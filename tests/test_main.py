@@ -228,6 +228,26 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
 
 
+def test_replicas_of_the_weights_change_no_gradient(folder, expected, tmp_path):
+    """Two replicas, each on a cp group, or on two dp ranks."""
+    cases = [(cp, name) for cp in (2, 1) for name in ("tied", "untied")]
+    settings = [overrides(folder, cp, variant=VARIANTS[name]) for cp, name in cases]
+    replicas = "parallel_config.data_parallel_replicate_size=2"
+    settings = [{"overrides": [*case, replicas], "ignored_from_row": None} for case in settings]
+    (tmp_path / "cases.json").write_text(json.dumps(settings))
+    worker = ROOT / "tests/gradients_worker.py"
+    torchrun(4, worker, tmp_path / "cases.json", tmp_path / "out.pt")
+    results = torch.load(tmp_path / "out.pt")
+    for (cp, name), result in zip(cases, results, strict=True):
+        truth = expected[VARIANTS[name]]
+        parameters = sum(weight.numel() for weight in result["weights"].values())
+        assert result["local_parameters"] == parameters / 2, (cp, name)
+        assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+        assert result["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
+        for parameter, gradient in result["gradients"].items():
+            assert relative_error(gradient, truth["gradients"][parameter]) < 1e-5, parameter
+
+
 @pytest.mark.parametrize(
     "cp, recomputation, compiled",
     [(2, "selective", False), (2, "full", True)],

@@ -87,7 +87,7 @@ def test_run_sh_on_three_processes_trains_the_same(one_process, tmp_path):
     assert f", {tmp_path}/step-00000003; next: python -m checkpoint export {tmp_path} hf" in done
 
 
-def test_two_nodes_train_the_same_as_one(one_process, tmp_path):
+def test_two_nodes_with_a_replica_of_the_weights_each_train_the_same_as_one(one_process, tmp_path):
     """Two run.sh on this machine; the second is told so by a scheduler's names."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -98,6 +98,7 @@ def test_two_nodes_train_the_same_as_one(one_process, tmp_path):
     ]
     arguments = [*SHORT, f"train_config.output_dir={tmp_path}"]
     arguments.append("parallel_config.context_parallel_size=2")
+    arguments.append("parallel_config.data_parallel_replicate_size=2")
     running = [
         subprocess.Popen(
             ["bash", "run.sh", *arguments],
@@ -115,7 +116,7 @@ def test_two_nodes_train_the_same_as_one(one_process, tmp_path):
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0, 0], outputs
-    assert "mesh: dp 2 x cp 2" in outputs[0]
+    assert "mesh: dp 2 x cp 2, 4 processes; 2 replicas of the weights" in outputs[0]
     assert "step:" not in outputs[1], "only rank 0 speaks"
     assert_same_training(tmp_path, one_process[0])
 
