@@ -443,7 +443,9 @@ def test_a_run_on_bytes_from_a_folder_resumes_and_a_new_one_is_refused(start, fo
     assert not (tmp_path / "new" / "tokenizer").exists()
 
 
-def test_a_full_disk_leaves_no_part_of_a_tokenizer(folder, corpus, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_part_of_a_tokenizer_and_another_folder_is_kept(
+    folder, corpus, tmp_path, monkeypatch
+):
     def fail(source, destination):
         raise OSError(28, "No space left on device", destination)
 
@@ -454,10 +456,15 @@ def test_a_full_disk_leaves_no_part_of_a_tokenizer(folder, corpus, tmp_path, mon
         "model_config": {"init_from": ""},
         "train_config": {"output_dir": str(tmp_path / "run")},
     }
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     with pytest.raises(OSError, match="No space left"):
         tokenizer.keep(config)
-    assert os.listdir(tmp_path / "run") == []
+    assert os.listdir(tmp_path / "run") == ["tokenizer"]
+    monkeypatch.undo()
+    (tmp_path / "run" / "tokenizer" / "mine").touch()
+    tokenizer.keep(config)
+    assert os.listdir(tmp_path / "run" / "tokenizer.1") == ["mine"]
+    assert set(os.listdir(tmp_path / "run" / "tokenizer")) == set(os.listdir(corpus / "tokenizer"))
 
 
 def test_a_tokenizer_is_copied_without_code_and_weights(tmp_path):
