@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -324,6 +325,13 @@ def test_meta_json_has_the_ids_of_the_special_tokens(corpus, folder):
         del meta[key]
     (corpus / "meta.json").write_text(json.dumps(meta))
     assert read_prepared(str(corpus), 0).special_tokens["eos_token_id"] == 1
+
+
+def test_token_files_give_an_end_of_text_only_if_they_have_one(tmp_path):
+    np.array([5, 6, 9, 7, 8], dtype=np.uint16).tofile(tmp_path / "a.bin")
+    for end_of_text_id, expected in ((9, 9), (50, None)):
+        corpus = open_corpus("data_config.source", str(tmp_path / "a.bin"), False, end_of_text_id)
+        assert tokenizer.describe(corpus, "", 100)["eos_token_id"] == expected
 
 
 # ---------------------------------------------------------------------------------------------
