@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -326,6 +327,13 @@ def test_meta_json_has_the_ids_of_the_special_tokens(corpus, folder):
     assert read_prepared(str(corpus), 0).special_tokens["eos_token_id"] == 1
 
 
+def test_token_files_give_an_end_of_text_only_if_they_have_one(tmp_path):
+    np.array([5, 6, 9, 7, 8], dtype=np.uint16).tofile(tmp_path / "a.bin")
+    for end_of_text_id, expected in ((9, 9), (50, None)):
+        corpus = open_corpus("data_config.source", str(tmp_path / "a.bin"), False, end_of_text_id)
+        assert tokenizer.describe(corpus, "", 100)["eos_token_id"] == expected
+
+
 # ---------------------------------------------------------------------------------------------
 # Exports
 # ---------------------------------------------------------------------------------------------
@@ -443,7 +451,9 @@ def test_a_run_on_bytes_from_a_folder_resumes_and_a_new_one_is_refused(start, fo
     assert not (tmp_path / "new" / "tokenizer").exists()
 
 
-def test_a_full_disk_leaves_no_part_of_a_tokenizer(folder, corpus, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_part_of_a_tokenizer_and_another_folder_is_kept(
+    folder, corpus, tmp_path, monkeypatch
+):
     def fail(source, destination):
         raise OSError(28, "No space left on device", destination)
 
@@ -454,10 +464,15 @@ def test_a_full_disk_leaves_no_part_of_a_tokenizer(folder, corpus, tmp_path, mon
         "model_config": {"init_from": ""},
         "train_config": {"output_dir": str(tmp_path / "run")},
     }
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     with pytest.raises(OSError, match="No space left"):
         tokenizer.keep(config)
-    assert os.listdir(tmp_path / "run") == []
+    assert os.listdir(tmp_path / "run") == ["tokenizer"]
+    monkeypatch.undo()
+    (tmp_path / "run" / "tokenizer" / "mine").touch()
+    tokenizer.keep(config)
+    assert os.listdir(tmp_path / "run" / "tokenizer.1") == ["mine"]
+    assert set(os.listdir(tmp_path / "run" / "tokenizer")) == set(os.listdir(corpus / "tokenizer"))
 
 
 def test_a_tokenizer_is_copied_without_code_and_weights(tmp_path):
