@@ -22,26 +22,26 @@ from llama_pretrain_config import data_config, model_config, parallel_config, tr
 from modeling_llama import LlamaForCausalLM
 
 from . import config as run_settings
-from . import metrics
+from . import metrics, plan
 from .process import lock_output_dir, restarts
 from .stop import log
 
 Sources = dict[str, TokenSource | RandomSource]
-EVALUATE = "--evaluate"
+EVALUATE, PLAN = "--evaluate", "--plan"
 
 
 def set_up(arguments: list[str]) -> Sources:
     """Resolves and checks the config, and logs what will run; returns the opened data.
 
     arguments: `SECTION.KEY=VALUE` each; `--evaluate`, which opens only the validation data; or
-    `--help`, which ends the process.
+    `--help` or `--plan`, which end the process.
 
     Raises ValueError, one sentence, for a mistake of the user, before the process group exists.
     """
     set_environment()
-    if "--help" in arguments or "-h" in arguments:
+    if "--help" in arguments or "-h" in arguments or PLAN in arguments:
         if os.environ["LOCAL_RANK"] == "0":
-            print(run_settings.describe())
+            print(describe_plan(arguments) if PLAN in arguments else run_settings.describe())
         sys.exit()
     evaluates = EVALUATE in arguments
     overrides = [argument for argument in arguments if argument != EVALUATE]
@@ -52,6 +52,21 @@ def set_up(arguments: list[str]) -> Sources:
     check_files(sources)
     log_run(sources, notes)
     return sources
+
+
+def describe_plan(arguments: list[str]) -> str:
+    """Returns the text of `--plan`, with the errors of a run. No GPU is needed, nothing written."""
+    overrides = [argument for argument in arguments if argument != PLAN]
+    world_size, gpu, overrides = plan.parse(overrides)
+    notes = run_settings.resolve(overrides, world_size)
+    llama, dtype = build_llama_config(), train_config["dtype"]
+    backend = parallel_config["context_parallel_backend"]
+    kernel = plan.choose_kernel(gpu, llama.head_dim, backend, dtype)
+    source = open_sources()["train"]
+    check_init_from()
+    settings = plan.Settings.of(run_settings.sections(), llama, gpu, kernel, world_size)
+    lengths = plan.row_lengths(source, settings.seqlen)
+    return "\n".join([*notes, f"data: {source.description}", plan.report(settings, lengths)])
 
 
 def set_environment() -> None:
@@ -129,14 +144,19 @@ def run_config(sources: Sources) -> dict[str, Any]:
     }
 
 
+def check_init_from() -> None:
+    """Raises ValueError if the weights of `init_from` are not those of the model."""
+    if model_config["init_from"]:
+        with torch.device("meta"):
+            weights.check_weights(LlamaForCausalLM(build_llama_config()), model_config["init_from"])
+
+
 def check_files(sources: Sources) -> None:
     """Checks `init_from`, locks output_dir, and checks that the run can resume from it.
 
     A run that only evaluates needs weights, and changes nothing in output_dir.
     """
-    if model_config["init_from"]:
-        with torch.device("meta"):
-            weights.check_weights(LlamaForCausalLM(build_llama_config()), model_config["init_from"])
+    check_init_from()
     if "train" in sources:
         lock_output_dir(train_config["output_dir"])
         checkpoint.check_resume(run_config(sources), restarts())
@@ -168,6 +188,8 @@ def log_run(sources: Sources, notes: list[str]) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    if "train" in sources:
+        plan.log_expected(config, sources["train"], log)
 
 
 def missing_magi_kernels(head_dim: int, cp_size: int) -> int:
