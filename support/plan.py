@@ -379,15 +379,19 @@ def choose_kernel(gpu: str, head_dim: int, requested: str, dtype: str) -> str:
 
 def neighbours(settings: Settings) -> Iterator[tuple[str, Settings]]:
     """Yields settings worth trying: those asked for, and others that differ in one key."""
+    cp_size, rows = settings.cp_size, settings.batch_size
+    changes = {
+        "train_config.activation_checkpointing": CHOICES["activation_checkpointing"],
+        "parallel_config.context_parallel_size": (cp_size // 2, cp_size * 2),
+        "data_config.batch_size": (rows // 2, rows * 2),
+    }
     yield "as asked", settings
-    for mode in CHOICES["activation_checkpointing"]:
-        yield f"train_config.activation_checkpointing={mode}", replace(settings, recomputation=mode)
-    for size in (settings.cp_size // 2, settings.cp_size * 2):
-        if size and settings.world_size % size == 0:
-            key = f"parallel_config.context_parallel_size={size}"
-            yield key, replace(settings, cp_size=size)
-    for size in (settings.batch_size // 2, settings.batch_size * 2):
-        yield f"data_config.batch_size={size}", replace(settings, batch_size=size)
+    for key, field in zip(changes, ("recomputation", "cp_size", "batch_size"), strict=True):
+        for value in changes[key]:
+            other = replace(settings, **{field: value})
+            if value and other != settings and other.world_size % other.cp_size == 0:
+                if other.batch_size % (other.dp_size * other.accumulation) == 0:
+                    yield f"{key}={value}", other
 
 
 def report(settings: Settings, lengths: Callable[[int], list[int]]) -> str:
@@ -415,14 +419,10 @@ def report(settings: Settings, lengths: Callable[[int], list[int]]) -> str:
         else f"speed: not measured for {gpu}, {settings.kernel}, compile={settings.compiled}",
         f"expected: {asked}",
         "",
-        f"{'':44}{'GiB':>8}  {'fits':8}{'tokens/s':>10}{'MFU':>6}",
+        f"{'':46}{'GiB':>8}  {'fits':8}{'tokens/s':>10}{'MFU':>6}",
     ]
     for name, other in neighbours(settings):
-        parts = other.dp_size * other.accumulation
-        if (other == settings) == (name == "as asked") and other.batch_size % parts == 0 < (
-            other.batch_size
-        ):
-            found = estimate(other, lengths)
-            speed = f"{found.tokens_per_s:10,.0f}{found.mfu:6.0%}" if found.seconds else ""
-            lines.append(f"{name:44}{found.peak:8.1f}  {found.fits(gpu):8}{speed}")
+        found = estimate(other, lengths)
+        speed = f"{found.tokens_per_s:10,.0f}{found.mfu:6.0%}" if found.seconds else ""
+        lines.append(f"{name:46}{found.peak:8.1f}  {found.fits(gpu):8}{speed}")
     return "\n".join(lines)
