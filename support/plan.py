@@ -259,14 +259,12 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
         }
         return {part: size / 2**30 for part, size in parts.items()}
 
-    x, tied = (
-        b * h * s,
-        0 if head else b * v * h,
-    )  # a tied head's gradient waits for the embedding's
-    layers = L * layer if not recomputes else 2 * layer  # with the layer that is prefetched
-    one = min(layers, 2 * layer)
+    x = b * h * s
+    tied = 0 if head else b * v * h  # a tied head's gradient waits for the embedding's
+    pair = 2 * layer  # a layer, and the one that FSDP gathers ahead
+    layers = pair if recomputes else L * layer
     last = L, head, 4 * head + tied + b * layer, root + layers
-    first = 1, P - root - layer, 4 * layer + tied + b * layer, root + one
+    first = 1, P - root - layer, 4 * layer + tied + b * layer, root + pair
     in_loss = head + root + (0 if recomputes else layers)
     return {
         "the loss": moment(L, 0, 0, in_loss, 0, 3 * x, logits),
@@ -346,8 +344,8 @@ def log_expected(llama: LlamaConfig, source: Source, log: Callable[[str], None])
 def parse(arguments: list[str]) -> tuple[int, str, list[str]]:
     """Returns world_size, gpu and the other arguments of `--plan`."""
     given = {"world_size": "8", "gpu": "H100"}
-    rest = [argument for argument in arguments if argument.partition("=")[0] not in given]
-    given |= dict(argument.split("=", 1) for argument in arguments if argument not in rest)
+    rest = [x for x in arguments if not x.startswith(("world_size=", "gpu="))]
+    given |= dict(x.split("=", 1) for x in arguments if x not in rest)
     if given["gpu"] not in MEMORY_GIB:
         raise ValueError(f"gpu={given['gpu']!r} must be one of {', '.join(MEMORY_GIB)}")
     if not re.fullmatch("[1-9][0-9]{0,5}", given["world_size"]):
