@@ -3,12 +3,15 @@
     torchrun --nproc-per-node 8 main.py data_config.seqlen=4096 train_config.seed=1
 
 A line with ON_GPU has two values: one for GPUs, and one that a laptop trains in a minute. The GPU
-values suit a node of 8 GPUs, and also train on one GPU of 80 GB.
+values suit a node of 8 GPUs, and also train on one GPU of 80 GB. `python main.py --plan` estimates
+their memory and speed without a GPU.
 """
+
+import sys
 
 import torch
 
-ON_GPU = torch.cuda.is_available()
+ON_GPU = torch.cuda.is_available() or "--plan" in sys.argv
 
 data_config = dict(
     source="python-stdlib",  # or `random`, a prepared folder, text files, .bin files

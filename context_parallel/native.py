@@ -74,7 +74,7 @@ def magi_attn_varlen_key(
     order = (torch.tensor(partitions).view(-1, 1) * chunk_size + torch.arange(chunk_size)).flatten()
 
     bounds = F.pad(bounds, (0, 1), value=len(order))  # padding is the last document
-    pieces = [_pieces(bounds, chunk_size, chunks, causal) for chunks in partitions]
+    pieces = [held_pieces(bounds, chunk_size, chunks, causal) for chunks in partitions]
     gathers = any((x[:2] != x[2:]).any() for x in pieces)
     first, last, first_key, last_key = pieces[dist.get_rank(cp_group_or_mesh)]
     key_slices = list(map(slice, *(x.tolist() for x in _joined(first_key, last_key))))
@@ -86,7 +86,7 @@ def magi_attn_varlen_key(
     return DistAttnRuntimeKey(cp_group_or_mesh, pad_size, order, own, gathers, key_slices, key_rows)
 
 
-def _pieces(bounds: Tensor, chunk_size: int, chunks: list[int], causal: bool) -> Tensor:
+def held_pieces(bounds: Tensor, chunk_size: int, chunks: list[int], causal: bool) -> Tensor:
     """Returns begin and end of a rank's pieces and of their keys, [4, pieces], in the stream.
 
     bounds: [documents + 1], where documents begin and end. chunks: those of the rank.

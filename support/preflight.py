@@ -23,26 +23,26 @@ from llama_pretrain_config import data_config, model_config, parallel_config, tr
 from modeling_llama import LlamaForCausalLM
 
 from . import config as run_settings
-from . import metrics, wandb_run
+from . import metrics, plan, wandb_run
 from .process import lock_output_dir, rank, restarts
 from .stop import log
 
 Sources = dict[str, TokenSource | RandomSource]
-EVALUATE = "--evaluate"
+EVALUATE, PLAN = "--evaluate", "--plan"
 
 
 def set_up(arguments: list[str]) -> Sources:
     """Resolves and checks the config, and logs what will run; returns the opened data.
 
     arguments: `SECTION.KEY=VALUE` each; `--evaluate`, which opens only the validation data; or
-    `--help`, which ends the process.
+    `--help` or `--plan`, which end the process.
 
     Raises ValueError, one sentence, for a mistake of the user, before the process group exists.
     """
     set_environment()
-    if "--help" in arguments or "-h" in arguments:
+    if "--help" in arguments or "-h" in arguments or PLAN in arguments:
         if os.environ["LOCAL_RANK"] == "0":
-            print(run_settings.describe())
+            print(describe_plan(arguments) if PLAN in arguments else run_settings.describe())
         sys.exit()
     evaluates = EVALUATE in arguments
     overrides = [argument for argument in arguments if argument != EVALUATE]
@@ -57,6 +57,21 @@ def set_up(arguments: list[str]) -> Sources:
     check_files(sources)
     log_run(sources, notes)
     return sources
+
+
+def describe_plan(arguments: list[str]) -> str:
+    """Returns the text of `--plan`, with the errors of a run. No GPU is needed, nothing written."""
+    overrides = [argument for argument in arguments if argument != PLAN]
+    world_size, gpu, overrides = plan.parse(overrides)
+    notes = run_settings.resolve(overrides, world_size)
+    llama, dtype = build_llama_config(), train_config["dtype"]
+    backend = parallel_config["context_parallel_backend"]
+    kernel = plan.choose_kernel(gpu, llama.head_dim, backend, dtype)
+    source = open_sources()["train"]
+    check_init_from()
+    settings = plan.Settings.of(run_settings.sections(), llama, gpu, kernel, world_size)
+    lengths = plan.row_lengths(source, settings.seqlen)
+    return "\n".join([*notes, f"data: {source.description}", plan.report(settings, lengths)])
 
 
 def set_environment() -> None:
@@ -225,6 +240,8 @@ def log_run(sources: Sources, notes: list[str]) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    if "train" in sources:
+        plan.log_expected(config, sources["train"], log)
 
 
 def missing_magi_kernels(head_dim: int, cp_size: int) -> int:
