@@ -179,12 +179,12 @@ def prepare_magi_attention(
         causal=config.is_causal,
         dist_attn_config=api.DistAttnConfig(dispatch_config=api.DispatchConfig(chunk_size=size)),
     )
-    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    position_ids = torch.arange(len(starts)) - starts
     device = device_mesh.device_type
-    input_ids = api.dispatch(input_ids.to(device), key)
+    places = api.dispatch(torch.arange(len(input_ids), device=device), key)  # in the sequence
+    starts = cu_seqlens.to(device, places.dtype)
+    position_ids = places - starts[torch.searchsorted(starts, places, right=True) - 1]
     labels = api.dispatch(labels.to(device), key, pad_value=IGNORED_LABEL)
-    return input_ids, labels, api.dispatch(position_ids.to(device), key), key
+    return api.dispatch(input_ids.to(device), key), labels, position_ids, key
 
 
 class Batch(NamedTuple):

@@ -42,8 +42,7 @@ def chunk_areas(cu_seqlens: Tensor, chunk_size: int, causal: bool, cp_size: int)
     areas = lengths * (lengths + 1) // 2 if causal else lengths * lengths
     before = F.pad(areas.cumsum(0), (1, 0))  # the area of all documents before each
     bounds = (torch.arange(num_chunks + 1) * chunk_size).clamp(max=total_seqlen)
-    document = torch.searchsorted(cu_seqlens[1:].long(), bounds, right=True)
-    document = document.clamp(max=len(lengths) - 1)
+    document = torch.searchsorted(cu_seqlens[1:-1].long(), bounds, right=True)
     into = bounds - cu_seqlens[document]
     part = into * (into + 1) // 2 if causal else into * lengths[document]
     return (before[document] + part).diff().tolist()
@@ -58,7 +57,7 @@ def balanced_partitions(areas: list[int], cp_size: int) -> list[list[int]]:
     room = len(areas) // cp_size
     partitions: list[list[int]] = [[] for _ in range(cp_size)]
     heap = [(0, rank) for rank in range(cp_size)]
-    for chunk in sorted(range(len(areas)), key=lambda chunk: -areas[chunk]):
+    for chunk in sorted(range(len(areas)), key=areas.__getitem__, reverse=True):
         area, rank = heapq.heappop(heap)
         partitions[rank].append(chunk)
         if len(partitions[rank]) < room:

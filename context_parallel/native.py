@@ -70,29 +70,30 @@ def magi_attn_varlen_key(
     chunk_size = min(dist_attn_config.dispatch_config.chunk_size, -(-int(bounds[-1]) // cp_size))
     pad_size = -int(bounds[-1]) % (chunk_size * cp_size)
     areas = chunk_areas(bounds, chunk_size, causal, cp_size)
-    partitions = balanced_partitions(areas, cp_size)
-    order = (torch.tensor(partitions).view(-1, 1) * chunk_size + torch.arange(chunk_size)).flatten()
-
-    bounds = F.pad(bounds, (0, 1), value=len(order))  # padding is the last document
-    pieces = [held_pieces(bounds, chunk_size, chunks, causal) for chunks in partitions]
-    gathers = any((x[:2] != x[2:]).any() for x in pieces)
-    first, last, first_key, last_key = pieces[dist.get_rank(cp_group_or_mesh)]
+    partitions = torch.tensor(balanced_partitions(areas, cp_size))
+    bounds = F.pad(bounds, (0, 1), value=partitions.numel() * chunk_size)  # padding is a document
+    slot = partitions.flatten().argsort()  # of each chunk in `order`
+    cuts = ((slot // partitions.shape[1]).diff().nonzero() + 1) * chunk_size  # between two ranks
+    gathers = not torch.isin(cuts, bounds).all()
+    chunks = partitions[dist.get_rank(cp_group_or_mesh)]
+    first, last, first_key, last_key = find_pieces(bounds, chunk_size, chunks, causal)
     key_slices = list(map(slice, *(x.tolist() for x in _joined(first_key, last_key))))
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # in `order`
-    key_rows = torch.cat([place[keys] for keys in key_slices])
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    within = torch.arange(chunk_size, device=device)  # the host would take long to fill S rows
+    order, place = (
+        (x.to(device).view(-1, 1) * chunk_size + within).flatten() for x in (partitions, slot)
+    )
+    key_rows = torch.cat([place[keys] for keys in key_slices])
     own = Pieces(last - first, last_key - first_key, causal, device)
-    order, key_rows = order.to(device), key_rows.to(device)
     return DistAttnRuntimeKey(cp_group_or_mesh, pad_size, order, own, gathers, key_slices, key_rows)
 
 
-def held_pieces(bounds: Tensor, chunk_size: int, chunks: list[int], causal: bool) -> Tensor:
+def find_pieces(bounds: Tensor, chunk_size: int, chunks: Tensor, causal: bool) -> Tensor:
     """Returns begin and end of a rank's pieces and of their keys, [4, pieces], in the stream.
 
     bounds: [documents + 1], where documents begin and end. chunks: those of the rank.
     """
-    begin = torch.tensor(chunks) * chunk_size
-    begin, end = _joined(begin, begin + chunk_size)
+    begin, end = _joined(chunks * chunk_size, (chunks + 1) * chunk_size)
     cuts = torch.cat([begin, end, bounds]).unique()
     first, last = cuts[:-1], cuts[1:]
     interval = torch.searchsorted(begin, first, right=True) - 1  # the last that begins before

@@ -9,7 +9,7 @@ docs/plan.md has the result.
 Shapes in comments: `s` local tokens of a micro-batch, `S` = s x cp, `n` rows of K and V that
 `native` copies, `h` hidden, `q` = heads x head_dim, `kv` = key/value heads x head_dim,
 `i` intermediate, `v` vocabulary, `b` bytes of the compute type, `L` layers, `P` parameters,
-`W` GPUs.
+`W` GPUs that share one copy of the weights.
 """
 
 import functools
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from configuration_llama import LlamaConfig
 from context_parallel.chunks import balanced_chunk_size, balanced_partitions, chunk_areas
 from context_parallel.kernels import MANY_TOKENS, select_kernel
-from context_parallel.native import held_pieces
+from context_parallel.native import find_pieces
 from data import Source
 from modeling_llama import LOSS_SLICE_SIZE
 
@@ -83,6 +83,7 @@ class Settings:
     recomputation: str
     dtype: str
     compiled: bool
+    replicas: int = 1  # copies of the sharded weights
 
     @classmethod
     def of(cls, config: dict, llama: LlamaConfig, gpu: str, kernel: str, world_size: int):
@@ -92,11 +93,16 @@ class Settings:
             *(llama, gpu, kernel, world_size, parallel["context_parallel_size"]),
             *(data["batch_size"], data["seqlen"], train["gradient_accumulation_steps"]),
             *(train["activation_checkpointing"], train["dtype"], train["compile"]),
+            parallel.get("data_parallel_replicate_size", 1),  # older results have none
         )
 
     @property
     def dp_size(self) -> int:
         return self.world_size // self.cp_size
+
+    @property
+    def shards(self) -> int:
+        return self.world_size // self.replicas
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -181,7 +187,7 @@ def share(documents: tuple[int, ...], causal: bool, cp_size: int) -> Share:
     areas = chunk_areas(bounds, chunk_size, causal, cp_size)
     ranks, size = balanced_partitions(areas, cp_size), len(areas) * chunk_size
     padded = F.pad(bounds, (0, 1), value=size)
-    pieces = [held_pieces(padded, chunk_size, chunks, causal) for chunks in ranks]
+    pieces = [find_pieces(padded, chunk_size, torch.tensor(chunks), causal) for chunks in ranks]
     gathers = any((x[:2] != x[2:]).any() for x in pieces)
     keys = max(int((x[3] - x[2]).sum()) for x in pieces) if gathers else 0
     pairs = max(sum(areas[chunk] for chunk in chunks) for chunks in ranks)
@@ -195,7 +201,7 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     backward begins; what this layer recomputes exists too. "the first layer": the gradients of all
     others exist. "the embedding": its gradient exists, before it is sharded.
     """
-    (h, q, kv, i), c, W = settings.widths, settings.llama, settings.world_size
+    (h, q, kv, i), c, W = settings.widths, settings.llama, settings.shards
     (layer, head, root), kernel = settings.parameters, settings.kernel
     L, v, b = c.num_hidden_layers, c.vocab_size, 2 if settings.dtype == "bfloat16" else 4
     P, s, n, gathers = L * layer + head + root, share.tokens, share.keys or share.tokens, share.keys
@@ -280,7 +286,7 @@ def step_seconds(settings: Settings, shares: list[Share]) -> dict[str, float]:
     """Returns a step's seconds by part, or {} where rates are not measured. shares: the slowest
     rank's, one for each micro-batch.
     """
-    (h, q, kv, i), c, W = settings.widths, settings.llama, settings.world_size
+    (h, q, kv, i), c, W = settings.widths, settings.llama, settings.shards
     (layer, head, root), mode, b = settings.parameters, settings.recomputation, 2
     rates = ATTENTION_RATES.get((settings.kernel, c.head_dim))
     if settings.gpu not in MEASURED_GPUS or rates is None or not settings.compiled:
@@ -312,6 +318,9 @@ def step_seconds(settings: Settings, shares: list[Share]) -> dict[str, float]:
         computed = flops / MATRIX_FLOPS, pairs, moved / MEMORY_RATE
         # FSDP communicates while the GPU computes. Attention waits for K and V.
         fsdp = P * (b * (1 + again) + 4) * (W - 1) / W / link_rate(W)
+        # Then replicas add up their shards of the gradients, in an all-reduce.
+        between = 2 * (settings.replicas - 1) / settings.replicas * 4 * P / W
+        fsdp += between / link_rate(settings.world_size)
         exchange = L * 2 * kv * b * (gathers + 1) * (S - s) if n else 0
         waits = max(0, fsdp - sum(computed)) + exchange / link_rate(settings.cp_size)
         for part, value in zip(parts, (*computed, waits), strict=False):
@@ -388,7 +397,8 @@ def neighbours(settings: Settings) -> Iterator[tuple[str, Settings]]:
         for value in changes[key]:
             other = replace(settings, **{field: value})
             if value and other != settings and other.world_size % other.cp_size == 0:
-                if other.batch_size % (other.dp_size * other.accumulation) == 0:
+                parts = other.dp_size * other.accumulation
+                if other.batch_size % parts == 0 and other.dp_size % other.replicas == 0:
                     yield f"{key}={value}", other
 
 
@@ -401,9 +411,10 @@ def report(settings: Settings, lengths: Callable[[int], list[int]]) -> str:
         if moment != asked.moment
     )
     answer = {"yes": "fits", "barely": "may fit: see docs/plan.md", "no": "does not fit"}
+    copies = f", {settings.replicas} replicas" if settings.replicas > 1 else ""
     lines = [
-        f"plan: {settings.world_size} x {gpu}, dp {settings.dp_size} x cp {settings.cp_size}; "
-        f"attention: {settings.kernel}; keys with ON_GPU have their GPU values",
+        f"plan: {settings.world_size} x {gpu}, dp {settings.dp_size} x cp {settings.cp_size}"
+        f"{copies}; attention: {settings.kernel}; keys with ON_GPU have their GPU values",
         "",
         f"GiB on each GPU at the peak of a step, which is {asked.moment}:",
         *(f"{size:8.2f}  {part}" for part, size in asked.moments[asked.moment].items()),

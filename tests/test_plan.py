@@ -371,6 +371,20 @@ def test_unequal_documents_count_as_the_slowest_rank_has_them():
     assert fast.mfu / 2 < mixed.mfu < slow.mfu
 
 
+def test_with_replicas_a_gpu_holds_the_weights_of_fewer():
+    llama = LlamaConfig.from_preset("llama-1b", {})
+    rest = ("FlashAttention-4", 16, 2, 16, 8192, 1, "full", "bfloat16", True)
+    whole, copies, one_node = (
+        plan.estimate(plan.Settings(llama, "H100", *settings), lambda row: [8192])
+        for settings in (rest, (*rest, 2), ("FlashAttention-4", 8, 2, 8, *rest[4:]))
+    )
+    for moment, parts in copies.moments.items():
+        assert parts == one_node.moments[moment], "a copy is on a node of 8"
+        for part in ("weights", "optimizer"):
+            assert parts[part] == 2 * whole.moments[moment][part]
+    assert copies.tokens_per_s <= 2 * one_node.tokens_per_s
+
+
 def print_tables() -> None:
     newest = [p for p in comparison() if p.line.get("series") == NEWEST]
     print("| case | backend | GiB measured | estimated | tokens/s measured | estimated |")
