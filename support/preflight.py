@@ -64,6 +64,7 @@ def describe_plan(arguments: list[str]) -> str:
     overrides = [argument for argument in arguments if argument != PLAN]
     world_size, gpu, overrides = plan.parse(overrides)
     notes = run_settings.resolve(overrides, world_size)
+    notes = [note for note in notes if not note.startswith("config: ")]  # as asked
     llama, dtype = build_llama_config(), train_config["dtype"]
     backend = parallel_config["context_parallel_backend"]
     kernel = plan.choose_kernel(gpu, llama.head_dim, backend, dtype)
