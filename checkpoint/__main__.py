@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from functools import partial
 
 import torch
@@ -120,6 +121,7 @@ def main() -> None:
     sampling.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     sampling.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads alone
     try:
         commands = {"inspect": inspect, "export": export, "sample": sample}
         commands[options.pop("command")](**options)
