@@ -74,10 +74,10 @@ def plot(runs: list[str], output: str) -> None:
 def last_evaluation(run: str) -> tuple[dict[int, float], dict[int, int]]:
     """Returns the losses and the numbers of labels of a run's last evaluation, by position."""
     for record in reversed(read_records(run)):
-        if losses := record.get("eval_loss_by_position"):
-            found = {int(end): loss for end, loss in losses.items() if loss is not None}
-            labels = record["eval_labels_by_position"]
-            return found, {int(end): count for end, count in labels.items()}
+        losses, labels = (record.get(f"eval_{x}_by_position", {}) for x in ("loss", "labels"))
+        losses = {int(end): loss for end, loss in losses.items() if loss is not None}
+        if losses:
+            return losses, {int(end): count for end, count in labels.items()}
     raise ValueError(
         f"{run}: its metrics.jsonl has no loss by position; a run with train_config.eval_interval "
         f"writes it, and `python main.py --evaluate` prints it for a checkpoint"
@@ -86,7 +86,8 @@ def last_evaluation(run: str) -> tuple[dict[int, float], dict[int, int]]:
 
 def plot_by_position(runs: list[str], output: str) -> None:
     """Draws the loss of each run's last evaluation over the position in the document, and below
-    it the number of labels.
+    it the number of labels. The frame fits the last ten ranges of positions: the loss of the first
+    ones is so high that the others would look flat.
     """
     plt = import_pyplot()
     if len(runs) > MOST_CURVES:
@@ -96,15 +97,18 @@ def plot_by_position(runs: list[str], output: str) -> None:
     figure, (axes, below) = plt.subplots(
         *(2, 1), figsize=(7, 5), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
-    ends, width = [], 0.8 / len(runs)
-    for i, run in enumerate(runs):
-        losses, labels = last_evaluation(run)
+    found = [last_evaluation(run) for run in runs]
+    longest = max(max(losses) for losses, _ in found)
+    ends, in_frame, width = [], [], 0.8 / len(runs)
+    for i, (losses, labels) in enumerate(found):
+        in_frame += [loss for end, loss in losses.items() if end * 2**10 > longest]
         places = [math.log2(end) for end in losses]
         axes.plot(places, list(losses.values()), "o-", color=f"C{i}", linewidth=1.2, markersize=4)
         places = [math.log2(end) + (i - (len(runs) - 1) / 2) * width for end in labels]
         below.bar(places, list(labels.values()), width, color=f"C{i}")
         ends.append((list(losses.values())[-1], math.log2(max(losses)), i))
-    low, high = axes.get_ylim()
+    margin = 0.1 * (max(in_frame) - min(in_frame)) or 0.1
+    low, high = axes.set_ylim(min(in_frame) - margin, max(in_frame) + margin)
     height = -1.0  # of the last name, as a share of the axes
     for loss, place, i in sorted(ends):
         height = max((loss - low) / (high - low), height + 0.07)
@@ -115,13 +119,14 @@ def plot_by_position(runs: list[str], output: str) -> None:
             textcoords="axes fraction",
             color=f"C{i}",
             va="center",
-            arrowprops={"arrowstyle": "-", "linestyle": ":", "color": f"C{i}"},
+            arrowprops={"arrowstyle": "-", "ls": ":", "color": f"C{i}", "relpos": (0, 0.5)},
         )
-    ticks = range(1, round(max(place for _, place, _ in ends)) + 1)
-    below.set_xticks(ticks, [f"{2**tick:,}" for tick in ticks], rotation=45)
+    ticks = range(1, longest.bit_length())
+    below.set_xticks(ticks, [f"{2**tick:,}" for tick in ticks], rotation=30)
     below.set(yscale="log", ylabel="labels", xlabel="position in the document, up to")
     axes.set(ylabel="held-out loss, nats per label", title="run (loss at the last position)")
     for part in (axes, below):
+        part.set_axisbelow(True)
         part.grid(alpha=0.3)
         part.spines[["top", "right"]].set_visible(False)
     figure.savefig(output, dpi=150)
