@@ -244,19 +244,19 @@ def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, source: Source, device_mesh: DeviceMesh) -> float:
-    """Returns the loss, in nats per label, of the source's first eval_iters batches, or NaN."""
-    loss_sum, num_labels = torch.zeros((), device=device_mesh.device_type).double(), 0.0
+def evaluate(model: LlamaForCausalLM, source: Source, device_mesh: DeviceMesh) -> Tensor:
+    """Returns `metrics.sums_by_position` of the source's first eval_iters batches, on the CPU."""
+    sums = 0.0
     for eval_iter in range(train_config["eval_iters"]):
         batch = prepare_batch(source, device_mesh, model.config, None, eval_iter)
         for input_ids, labels, position_ids, key in batch.micro_batches:
-            loss_sum += model(input_ids, position_ids, key, labels).sum()
-        num_labels += batch.num_labels
+            losses = model(input_ids, position_ids, key, labels)
+            sums += metrics.sums_by_position(losses, labels, position_ids, data_config["seqlen"])
     for module in model.modules():  # frees what FSDP keeps for a backward pass
         if isinstance(module, FSDPModule):
             module.reshard()
-    dist.all_reduce(loss_sum)
-    return loss_sum.item() / num_labels if num_labels else math.nan
+    dist.all_reduce(sums)
+    return sums.cpu()
 
 
 def train(
@@ -293,8 +293,8 @@ def train(
         metrics.check_finite(step, model, partial(forward_backward, step.batch))
         if evaluates:
             writer.watchdog.watch(f"the evaluation after step {step.number}")
-        eval_loss = evaluate(model, sources["validation"], device_mesh) if evaluates else None
-        writer.write(step, eval_loss)
+        sums = evaluate(model, sources["validation"], device_mesh) if evaluates else None
+        writer.write(step, sums)
 
     with metrics.MetricsWriter(config, first_iter, device_mesh.size()) as writer:
         batch = prepare(first_iter) if first_iter < train_iters else None

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from checkpoint import CheckpointError, checkpoints, tokenizer
 from configuration_llama import LlamaConfig
+from data import IGNORED_LABEL
 
 from . import stop, wandb_run
 from .process import Watchdog, rank
@@ -97,6 +98,22 @@ def training_flops(config: LlamaConfig, num_tokens: float, area: float) -> float
     layer = 2 * hidden * q_size + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size
     weights = config.num_hidden_layers * layer + hidden * config.vocab_size
     return 6 * weights * num_tokens + 12 * config.num_hidden_layers * q_size * area
+
+
+def sums_by_position(
+    token_losses: Tensor, labels: Tensor, position_ids: Tensor, seqlen: int
+) -> Tensor:
+    """Returns the sum of the losses and the number of labels, by their tokens' position in the
+    document: [2, buckets], float64, without a device sync.
+
+    token_losses: [s], 0 where the label is -100. position_ids: [s], from 0; positions are from 1.
+    Buckets end at 2, 4, 8... up to seqlen or more: positions 1-2, 3-4, 5-8...
+    """
+    buckets = torch.arange(max(1, (seqlen - 1).bit_length()), device=position_ids.device)
+    bucket = torch.bucketize(position_ids, 2 ** (buckets + 1), right=True)
+    values = torch.stack([token_losses.double(), (labels != IGNORED_LABEL).double()])
+    # Sums in a fixed order, unlike those of `index_add_` on a GPU.
+    return torch.where(bucket == buckets[:, None], values[:, None], 0.0).sum(dim=-1)
 
 
 def peak_flops() -> float | None:
@@ -257,12 +274,12 @@ class MetricsWriter:
             self.profiler.step()
         return Step(*args, **kwargs)
 
-    def write(self, step: Step, eval_loss: float | None = None) -> None:
-        """step: complete. eval_loss: in nats per label, of an evaluation after the step."""
+    def write(self, step: Step, eval_sums: Tensor | None = None) -> None:
+        """step: complete. eval_sums: from `sums_by_position`, of an evaluation after the step."""
         is_last = step.number == self.train_iters
         self.watchdog.watch("the last checkpoint" if is_last else f"step {step.number + 1}")
         step_seconds = seconds_between(self.start, step.end)
-        self.start = step.end if eval_loss is None else now()  # no step includes an evaluation
+        self.start = step.end if eval_sums is None else now()  # no step includes an evaluation
         flops = training_flops(self.llama_config, self.tokens_per_step, step.batch.area)
         flops_per_gpu = flops / self.world_size / step_seconds
         peak = peak_flops()
@@ -281,8 +298,8 @@ class MetricsWriter:
             "data_ms": step.batch.data_seconds * 1e3,
             "save_ms": step.save_seconds * 1e3,
         }
-        if eval_loss is not None:
-            record |= _evaluation(eval_loss)
+        if eval_sums is not None:
+            record |= _evaluation(eval_sums)
         self.record = record
         self._log(record, is_last)
         try:
@@ -291,7 +308,7 @@ class MetricsWriter:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:  # a full disk: the next step tries again
             log(f"warning: the metrics of step {step.number} could not be written: {error}")
-        figures = {k: value for k, value in record.items() if k != "step" and value is not None}
+        figures = _scalars(record)
         try:
             if self.tensorboard is not None:
                 for name, value in figures.items():
@@ -328,7 +345,7 @@ class MetricsWriter:
         """
         parts = [f"loss {_number(self.record['loss'], '.4f', NO_LABELS)}"]
         if "eval_loss" in self.record:
-            parts.append(f"eval_loss {_number(self.record['eval_loss'], '.4f', NO_LABELS)}")
+            parts.append(f"eval_loss {_eval_loss(self.record)}")
         parts.append(f"{self.train_iters * self.tokens_per_step:,} tokens")
         since = f" since step {self.first_iter}" if self.first_iter else ""
         parts.append(_duration(time.perf_counter() - self.started) + since)
@@ -348,17 +365,45 @@ class MetricsWriter:
             wandb_run.finish(self.wandb)
 
 
-def log_evaluation(eval_loss: float) -> None:
-    """Logs the result of `--evaluate`. eval_loss: in nats per label, NaN if no label counts."""
-    log(_format_evaluation(_evaluation(eval_loss)))
+def log_evaluation(eval_sums: Tensor) -> None:
+    """Logs the result of `--evaluate`, with a table. eval_sums: from `sums_by_position`."""
+    record = _evaluation(eval_sums)
+    lines = [_format_evaluation(record), f"{'position':>15}{'loss':>10}{'labels':>15}"]
+    for end, labels in record["eval_labels_by_position"].items():
+        positions = f"{int(end) // 2 + 1 if end != '2' else 1:,}-{int(end):,}"
+        loss = _number(record["eval_loss_by_position"][end], ".4f")
+        lines.append(f"{positions:>15}{loss:>10}{labels:>15,}")
+    log("\n".join(lines))
 
 
-def _evaluation(eval_loss: float) -> dict[str, float | None]:
-    """Returns the result of an evaluation. eval_loss: in nats per label, NaN if no label counts."""
-    if math.isnan(eval_loss):
-        return {"eval_loss": None, "eval_perplexity": None}
-    perplexity = math.exp(eval_loss) if eval_loss < 700 else None  # exp(710) is not finite
-    return {"eval_loss": eval_loss, "eval_perplexity": perplexity}
+def _evaluation(eval_sums: Tensor) -> dict[str, Any]:
+    """Returns the result of an evaluation, with null for a loss that is not finite.
+
+    eval_sums: from `sums_by_position`, over all ranks. Buckets without a label are left out.
+    """
+    buckets = {2**n: sums for n, sums in enumerate(eval_sums.T.tolist(), start=1) if sums[1]}
+    loss_sum, num_labels = eval_sums.sum(dim=1).tolist()
+    eval_loss = _mean(loss_sum, num_labels)
+    is_small = eval_loss is not None and eval_loss < 700  # exp(710) is not finite
+    return {
+        "eval_loss": eval_loss,
+        "eval_perplexity": math.exp(eval_loss) if is_small else None,
+        "eval_loss_by_position": {str(end): _mean(*sums) for end, sums in buckets.items()},
+        "eval_labels_by_position": {str(end): int(sums[1]) for end, sums in buckets.items()},
+    }
+
+
+def _mean(loss_sum: float, num_labels: float) -> float | None:
+    return loss_sum / num_labels if num_labels and math.isfinite(loss_sum) else None
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Returns the figures of a step, those by position as `eval_loss_by_position/2`."""
+    scalars = {}
+    for name, value in record.items():
+        parts = value.items() if isinstance(value, dict) else []
+        scalars |= {f"{name}/{part}": v for part, v in parts} if parts else {name: value}
+    return {k: v for k, v in scalars.items() if k != "step" and v not in (None, {})}
 
 
 def format_step(
@@ -385,9 +430,14 @@ def format_step(
 
 def _format_evaluation(record: dict[str, Any]) -> str:
     return (
-        f"eval_loss: {_number(record['eval_loss'], '.4f', NO_LABELS)}  "
+        f"eval_loss: {_eval_loss(record)}  "
         f"eval_perplexity: {_number(record['eval_perplexity'], '.2f')}"
     )
+
+
+def _eval_loss(record: dict[str, Any]) -> str:
+    missing = "n/a" if record["eval_labels_by_position"] else NO_LABELS
+    return _number(record["eval_loss"], ".4f", missing)
 
 
 def _number(value: float | None, form: str, missing: str = "n/a") -> str:

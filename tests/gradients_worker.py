@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main
 import modeling_llama
 from data import IGNORED_LABEL, open_source
-from support import config, process, recompute
+from support import config, metrics, process, recompute
 
 # Small enough that a rank's tokens are several slices and a rest.
 recompute.MLP_SLICE_SIZE = 1024 if torch.cuda.is_available() else 80
@@ -86,15 +86,15 @@ def gradients(
         loss += token_losses.detach().double().sum() / batch.num_labels
     dist.all_reduce(loss)
     grad_norm = clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
-    eval_loss = None
+    evaluation = {}
     if main.data_config["validation_source"]:
         held_out = open_source("validation", model.config.vocab_size, 2, **main.data_config)
-        eval_loss = main.evaluate(model, held_out, mesh)
+        evaluation = metrics._evaluation(main.evaluate(model, held_out, mesh))
     assert all(isinstance(p, DTensor) for p in model.parameters()), "sharded, as before"
     return {
         "loss": loss.item(),
         "grad_norm": grad_norm.item(),
-        "eval_loss": eval_loss,
+        "evaluation": evaluation,
         "num_labels": batch.num_labels,
         "area": batch.area,
         "gathers": [getattr(key, "gathers", None) for *_, key in batch.micro_batches],

@@ -77,13 +77,23 @@ def logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor, config) -> to
     return x @ weights[head].T
 
 
-def mean_loss(weights, documents: list[tuple[torch.Tensor, torch.Tensor]], config) -> torch.Tensor:
-    """documents: (tokens, labels) each, labels already shifted, -100 where none counts."""
-    loss_sum, count = 0.0, 0
+def label_losses(
+    weights, documents: list[tuple[torch.Tensor, torch.Tensor]], config
+) -> list[tuple[int, torch.Tensor]]:
+    """Returns each label's token's position in its document, from 1, and the loss.
+
+    documents: (tokens, labels) each, labels already shifted, -100 where none counts.
+    """
+    losses = []
     for tokens, labels in documents:
         log_probs = logits(weights, tokens, config).log_softmax(dim=-1)
-        for position, label in enumerate(labels.tolist()):
+        for place, label in enumerate(labels.tolist()):
             if label != -100:
-                loss_sum = loss_sum - log_probs[position, label]
-                count += 1
-    return loss_sum / count
+                losses.append((place + 1, -log_probs[place, label]))
+    return losses
+
+
+def mean_loss(weights, documents: list[tuple[torch.Tensor, torch.Tensor]], config) -> torch.Tensor:
+    """documents: as `label_losses` takes them."""
+    losses = [loss for _, loss in label_losses(weights, documents, config)]
+    return sum(losses) / len(losses)

@@ -153,8 +153,8 @@ def expected(folder, held_out, results):
         found[variant] = dense_reference(folder, weights, variant)
         config = LlamaConfig.from_preset("tiny", shape(variant))
         weights = {name: weight.double() for name, weight in weights.items()}
-        eval_loss = reference.mean_loss(weights, evaluated_documents(held_out), config)
-        found[variant]["eval_loss"] = eval_loss.item()
+        losses = reference.label_losses(weights, evaluated_documents(held_out), config)
+        found[variant]["eval_losses"] = [(place, loss.item()) for place, loss in losses]
     return found
 
 
@@ -222,10 +222,32 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
     assert result["area"] == truth["area"]
     assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
     assert result["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
-    assert result["eval_loss"] == pytest.approx(truth["eval_loss"], rel=1e-5)
     assert result["gradients"].keys() == truth["gradients"].keys()
     for name, gradient in result["gradients"].items():
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("accumulation, name", ACCUMULATION)
+@pytest.mark.parametrize("dp, cp", LAYOUTS)
+def test_the_held_out_loss_by_position_does_not_depend_on_the_layout(
+    dp, cp, accumulation, name, results, expected
+):
+    """The positions are those in the document, in powers of two: 1-2, 3-4, 5-8... to 65-101."""
+    evaluation = results[(dp, cp, accumulation, VARIANTS[name])]["evaluation"]
+    losses = expected[VARIANTS[name]]["eval_losses"]
+    eval_loss = sum(loss for _, loss in losses) / len(losses)
+    assert evaluation["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+
+    buckets = {"2": (1, 2), "4": (3, 4), "8": (5, 8), "16": (9, 16), "32": (17, 32)}
+    buckets |= {"64": (33, 64), "128": (65, 101)}
+    by_position, labels = (evaluation[f"eval_{x}_by_position"] for x in ("loss", "labels"))
+    assert list(by_position) == list(labels) == list(buckets)
+    for end, (first, last) in buckets.items():
+        found = [loss for place, loss in losses if first <= place <= last]
+        assert labels[end] == len(found), end
+        assert by_position[end] == pytest.approx(sum(found) / len(found), rel=1e-5), end
+    mean = sum(by_position[end] * labels[end] for end in buckets) / sum(labels.values())
+    assert mean == pytest.approx(evaluation["eval_loss"], rel=1e-6)
 
 
 def test_replicas_of_the_weights_change_no_gradient(folder, expected, tmp_path):

@@ -27,16 +27,20 @@ from support.metrics import (
     _write_trace,
     attention_area,
     format_step,
+    log_evaluation,
     peak_flops,
+    sums_by_position,
     training_flops,
 )
-from support.plot import plot
+from support.plot import import_pyplot, plot, plot_by_position
+from support.plot import main as plot_command
 
 BATCH = Batch([], num_labels=4090.0, area=1e6, data_seconds=0.002, plan_seconds=0.001)
 KEYS = (
     "step loss grad_norm lr tokens step_ms tokens_per_s tflops_per_gpu mfu peak_memory_gib plan_ms "
     "data_ms save_ms"
 ).split()
+EVALUATION_KEYS = "eval_loss eval_perplexity eval_loss_by_position eval_labels_by_position".split()
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -55,18 +59,23 @@ def test_flops_are_those_of_the_matrix_products(is_causal):
     assert attention_area(cu_seqlens, is_causal) == (full_area / 2 if is_causal else full_area)
 
 
+def evaluation(*buckets):
+    """buckets: (the sum of losses, labels) at the positions 1-2, 3-4, 5-8..."""
+    return torch.tensor(buckets, dtype=torch.float64).T
+
+
 def write_run(
     output_dir,
     steps,
     first_iter=0,
     loss=2.5,
-    eval_losses=MappingProxyType({}),
+    evaluations=MappingProxyType({}),
     until=0,
     error=None,
     **keys,
 ):
-    """Writes steps first_iter + 1 to `until`, or to the last. error: comes after them, instead of
-    the last checkpoint. keys: of train_config.
+    """Writes steps first_iter + 1 to `until`, or to the last. evaluations: from `evaluation`, by
+    step. error: comes after the steps, instead of the last checkpoint. keys: of train_config.
     """
     config = {
         "llama_config": dataclasses.asdict(PRESETS["tiny"]),
@@ -87,7 +96,7 @@ def write_run(
             step = writer.queue(number, BATCH, *results, learning_rate=3e-4, save_seconds=0.003)
             step.end = writer.start + 0.5
             step.wait()
-            writer.write(step, eval_losses.get(number))
+            writer.write(step, evaluations.get(number))
         if error:
             raise error
         if writer.file is not None and number == steps:
@@ -120,9 +129,10 @@ def test_tensorboard_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkey
 
 def test_a_step_and_an_evaluation_without_labels_have_no_loss(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules[__name__], "BATCH", BATCH._replace(num_labels=0.0))
-    write_run(tmp_path, 1, loss=0.0, eval_losses={1: math.nan})
+    write_run(tmp_path, 1, loss=0.0, evaluations={1: evaluation((0, 0), (0, 0))})
     (record,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert record["loss"] is record["eval_loss"] is record["eval_perplexity"] is None
+    assert record["eval_loss_by_position"] == record["eval_labels_by_position"] == {}
     said = capsys.readouterr().out
     assert "  loss: n/a (no label counts)  " in said
     assert "  eval_loss: n/a (no label counts)  eval_perplexity: n/a" in said
@@ -176,7 +186,7 @@ def test_log_interval_leaves_out_lines_of_the_log_alone(tmp_path, capsys):
     write_run(tmp_path, 9, until=2)
     (tmp_path / "step-00000001").mkdir()
     capsys.readouterr()
-    write_run(tmp_path, 9, first_iter=1, eval_losses={7: 2.0}, log_interval=4)
+    write_run(tmp_path, 9, first_iter=1, evaluations={7: evaluation((2, 1))}, log_interval=4)
     lines = [line.split("  ")[0] for line in steps_of(capsys.readouterr().out)]
     assert lines == ["step: 2/9", "step: 4/9", "step: 7/9", "eval: 7/9", "step: 8/9", "step: 9/9"]
     assert [step for step, _ in steps_and_losses(tmp_path)] == list(range(1, 10))
@@ -211,7 +221,7 @@ def test_the_last_line_says_the_result_and_what_to_do_next(tmp_path, monkeypatch
     monkeypatch.setattr(
         "support.metrics.seconds_between", lambda *_: clock.update(seconds=3725.0) or 0.5
     )
-    write_run(output_dir, 300, first_iter=2, eval_losses={300: 2.0})
+    write_run(output_dir, 300, first_iter=2, evaluations={300: evaluation((2, 1))})
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"done: loss 2.5000, eval_loss 2.0000, 1,228,800 tokens, 1:02:05 since step 2, "
         f"{output_dir}/step-00000300; "
@@ -228,14 +238,17 @@ def test_a_run_without_its_last_checkpoint_is_not_done(tmp_path, capsys):
 
 
 def test_an_evaluation_stands_in_its_step(tmp_path, capsys):
-    write_run(tmp_path, 3, eval_losses={2: 2.0, 3: 1e4})
+    by_position = evaluation((6, 2), (0, 0), (2, 2))  # no label at 3-4
+    write_run(tmp_path, 3, evaluations={2: by_position, 3: evaluation((1e4, 1))})
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [list(record) for record in records[:2]] == [
         KEYS,
-        [*KEYS, "eval_loss", "eval_perplexity"],
+        [*KEYS, *EVALUATION_KEYS],
     ]
     assert records[1]["eval_loss"] == 2.0
     assert records[1]["eval_perplexity"] == pytest.approx(7.389056)
+    assert records[1]["eval_loss_by_position"] == {"2": 3.0, "8": 1.0}
+    assert records[1]["eval_labels_by_position"] == {"2": 2, "8": 2}
     assert records[2]["eval_perplexity"] is None
     lines = steps_of(capsys.readouterr().out)
     assert [line.split("  ")[0] for line in lines] == (
@@ -250,6 +263,41 @@ def test_an_evaluation_stands_in_its_step(tmp_path, capsys):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("eval_loss")] == [(2, 2.0), (3, 1e4)]
     assert [e.step for e in events.Scalars("eval_perplexity")] == [2]
+    by_position = {"eval_loss_by_position/2", "eval_loss_by_position/8"}
+    by_position |= {"eval_labels_by_position/2", "eval_labels_by_position/8"}
+    assert {tag for tag in events.Tags()["scalars"] if "/" in tag} == by_position
+    assert [e.value for e in events.Scalars("eval_loss_by_position/2")] == [3.0, 1e4]
+    assert [e.value for e in events.Scalars("eval_labels_by_position/8")] == [2]
+
+
+def test_an_evaluation_that_overflows_is_null_and_keeps_its_labels(tmp_path, capsys):
+    write_run(tmp_path, 1, evaluations={1: evaluation((math.inf, 2), (math.nan, 1), (2, 2))})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["eval_loss"] is record["eval_perplexity"] is None
+    assert record["eval_loss_by_position"] == {"2": None, "4": None, "8": 1.0}
+    assert record["eval_labels_by_position"] == {"2": 2, "4": 1, "8": 2}
+    assert "  eval_loss: n/a  eval_perplexity: n/a\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 3, 8, 9, 100])
+def test_sums_by_position_are_those_of_a_loop_over_the_tokens(seqlen):
+    """Two documents, the longest one as long as a row; every fifth label does not count."""
+    position_ids = torch.cat([torch.arange(seqlen), torch.arange(min(seqlen, 5))])
+    labels = torch.arange(1, len(position_ids) + 1)
+    labels[labels % 5 == 0] = -100
+    losses = torch.where(labels == -100, 0.0, torch.rand(len(labels)))
+    ends = [2]
+    while ends[-1] < seqlen:
+        ends.append(2 * ends[-1])
+    expected = {end: [0.0, 0] for end in ends}
+    for place, label, loss in zip(position_ids, labels, losses, strict=True):
+        end = next(end for end in ends if place + 1 <= end)
+        expected[end][0] += loss.item()
+        expected[end][1] += label.item() != -100
+    sums = sums_by_position(losses, labels, position_ids, seqlen)
+    assert sums.dtype == torch.float64
+    torch.testing.assert_close(sums, evaluation(*expected.values()), rtol=1e-12, atol=1e-12)
 
 
 def test_other_ranks_are_silent_and_write_nothing(tmp_path, capsys, monkeypatch):
@@ -478,6 +526,57 @@ def test_plot_draws_several_runs(tmp_path, capsys):
     plot([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "loss.png"))
     assert capsys.readouterr().out == f"written: {tmp_path}/loss.png\n"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_prints_a_table_by_position(capsys):
+    log_evaluation(evaluation((6, 2), (0, 0), (2, 2), *[(0, 0)] * 7, (12345.5, 12345)))
+    assert capsys.readouterr().out.splitlines() == [
+        "eval_loss: 1.0004  eval_perplexity: 2.72",
+        "       position      loss         labels",
+        "            1-2    3.0000              2",
+        "            5-8    1.0000              2",
+        "    1,025-2,048    1.0000         12,345",
+    ]
+
+
+def test_plot_by_position_draws_the_last_evaluation_of_each_run(tmp_path, monkeypatch, capsys):
+    short, long = evaluation((6, 2), (0, 0), (2, 2)), evaluation((6, 2), (9, 3), (2, 2), (1, 4))
+    for name, last in {"short": short, "long": long}.items():
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, 3, evaluations={1: evaluation((9, 1)), 2: last})
+    capsys.readouterr()
+    drawn = []
+    pyplot = import_pyplot()
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plot_by_position([str(tmp_path / "short"), str(tmp_path / "long")], "loss.png")
+    assert capsys.readouterr().out == "written: loss.png\n"
+    curves, labels = drawn[0].axes
+    assert [line.get_xydata().tolist() for line in curves.lines] == [
+        [[1, 3], [3, 1]],  # log2 of the position, and the loss
+        [[1, 3], [2, 3], [3, 1], [4, 0.25]],
+    ]
+    assert [text.get_text() for text in curves.texts] == ["long (0.25)", "short (1.00)"]
+    assert [bar.get_height() for bar in labels.patches] == [2, 2, 2, 3, 2, 4]
+    assert [tick.get_text() for tick in labels.get_xticklabels()] == ["2", "4", "8", "16"]
+
+
+@pytest.mark.parametrize("evaluations", [{}, {1: evaluation((0, 0))}, {1: None}])
+def test_plot_by_position_of_a_run_without_the_figures_is_one_sentence(
+    evaluations, tmp_path, monkeypatch
+):
+    """No evaluation, none with a label, and one of an earlier version."""
+    write_run(tmp_path, 2, evaluations=evaluations)
+    if None in evaluations.values():
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1, "loss": 2.5, "eval_loss": 2.0, "eval_perplexity": 7.39}\n')
+    monkeypatch.setattr("sys.argv", ["metrics", str(tmp_path), "--by-position"])
+    with pytest.raises(SystemExit, match="^error: .*: its metrics.jsonl has no loss by position; "):
+        plot_command()
+
+
+def test_plot_by_position_draws_at_most_six_runs(tmp_path):
+    with pytest.raises(ValueError, match="draws at most 6 runs, not 7; leave some out"):
+        plot_by_position([str(tmp_path)] * 7, str(tmp_path / "loss.png"))
 
 
 def test_a_tilde_in_the_command_is_the_home_folder(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A new stage begins with another run's weights and optimizer state; a checkpoint is evaluated."""
 
+import re
 import shutil
 import signal
 
@@ -130,11 +131,16 @@ def test_evaluate_gives_the_loss_of_the_last_evaluation_and_writes_nothing(
     trains = start(*EVALUATION, "train_config.eval_interval=100")
     assert trains.exit_codes() == [0], trains.said
     before = files(tmp_path / "run")
-    expected = read_metrics(tmp_path / "run")[-1]["eval_loss"]
+    record = read_metrics(tmp_path / "run")[-1]
+    expected, losses = record["eval_loss"], record["eval_loss_by_position"]
     evaluates = start("--evaluate", *EVALUATION, processes=processes, cp=cp)
     assert evaluates.exit_codes() == [0] * processes, evaluates.said
     assert f"\nweights: {tmp_path}/run/step-00000012\n" in evaluates.said
     assert f"\neval_loss: {expected:.4f}  eval_perplexity: " in evaluates.said
+    labels = record["eval_labels_by_position"]
+    assert re.findall(r"\n +[\d,]+-([\d,]+) +([\d.]+) +([\d,]+)(?=\n)", evaluates.said) == [
+        (f"{int(end):,}", f"{loss:.4f}", f"{labels[end]:,}") for end, loss in losses.items()
+    ]
     assert "step: " not in evaluates.said
     assert files(tmp_path / "run") == before
 
