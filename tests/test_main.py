@@ -16,6 +16,7 @@ from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
 from modeling_llama import LlamaForCausalLM
 
+pytestmark = pytest.mark.xdist_group("test_main")  # one worker computes `results`
 SEQLEN, BATCH_SIZE = 101, 4  # an odd length: chunks and cp ranks do not divide it, so it is padded
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (dp, cp)
 
@@ -99,6 +100,7 @@ def overrides(folder, cp=1, accumulation=1, variant=TIED) -> list[str]:
         "train_config.compile=false",
         f"train_config.gradient_accumulation_steps={accumulation}",
         f"parallel_config.context_parallel_size={cp}",
+        f"train_config.output_dir={folder}/../run",  # the default's lock is another test's
     ]
 
 
