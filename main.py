@@ -3,7 +3,7 @@
     python main.py                         # one process: a GPU, or a small model on a CPU
     torchrun --nproc-per-node 8 main.py    # one node of 8 GPUs
     bash run.sh                            # all GPUs of this machine, or two processes on a CPU
-    python main.py --evaluate              # the held-out loss of the newest checkpoint
+    python main.py --evaluate KEY=VALUE    # the held-out loss of a run's newest checkpoint
 
 Edit llama_pretrain_config.py, or override its keys: `main.py data_config.seqlen=4096`.
 Shapes in comments: `S` tokens of a packed sequence, `s` = S / cp tokens of this rank's shard.

@@ -1,7 +1,6 @@
 """Checkpoints: save, and resume on any layout.
 
-format.py writes, checks and reads the files of a checkpoint. __main__.py has the commands `inspect`
-and `export`.
+format.py writes, checks and reads the files of a checkpoint. __main__.py has the commands.
 """
 
 import json
@@ -116,45 +115,62 @@ def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
     return found, True
 
 
-def _find_complete(
-    config: dict[str, Any],
-    restarts: int,
-    log: Callable[[str], None],
-    group: dist.ProcessGroup | None = None,
-) -> tuple[str, bool]:
-    """Returns the newest complete checkpoint that `find` returns, or "", and whether it is resumed.
+def _first_complete(
+    paths: list[str], log: Callable[[str], None], group: dist.ProcessGroup | None = None
+) -> str:
+    """Returns the first complete checkpoint of the paths, or "" if there are none.
 
     The ranks share the reading of its files. A collective over the group, on the CPU.
     Raises CheckpointError if all are damaged.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    found = [find(config, restarts) if rank == 0 else None]
-    dist.broadcast_object_list(found, group=group)
-    paths, resumes = found[0]
     problems = [""] * world_size
     for path in paths:
         dist.all_gather_object(problems, find_damage(path, rank, world_size), group=group)
         if not any(problems):
-            return path, resumes
+            return path
         log(f"warning: {path} is damaged and skipped: {max(problems)}")
     if paths:
         raise CheckpointError(
             f"all checkpoints are damaged: {', '.join(paths)}; give another "
             f"train_config.output_dir to start anew"
         )
-    return "", resumes
+    return ""
+
+
+def find_weights(config: dict[str, Any]) -> list[str]:
+    """Returns the checkpoints that `--evaluate` may load, the newest first: of `resume`, if it is
+    a path, or of output_dir, or of `continue_from`.
+    """
+    train_config = config["train_config"]
+    if train_config["resume"] not in ("auto", "never"):
+        if found := checkpoints(train_config["resume"]):
+            return found
+        raise CheckpointError(f"train_config.resume={train_config['resume']!r} holds no checkpoint")
+    source = train_config["continue_from"]
+    return checkpoints(train_config["output_dir"]) or (checkpoints(source) if source else [])
 
 
 def load_model(model: nn.Module, config: dict[str, Any], log: Callable[[str], None]) -> None:
-    """Fills a sharded model from the newest complete checkpoint that `find` returns, if any.
+    """Fills a sharded model from the newest complete checkpoint of `find_weights`, if any.
 
     config, log: as for `Checkpointer`. A collective over all ranks.
     Raises CheckpointError if all are damaged, or if the model has another shape.
     """
-    path, _ = _find_complete(config, 0, log)
+    found = [find_weights(config)]
+    dist.broadcast_object_list(found)
+    path = _first_complete(found[0], log)
     if path:
-        _check_model(path, read_manifest(path), config)
+        saved = read_manifest(path)["config"]
+        _check_model(path, {"config": saved}, config)
         Reader(path).load({"model": weights.model_state(model)})
+        differences = _differences(
+            {key: saved[key] for key in ("llama_config", "data_config")},
+            json.loads(json.dumps(config)),
+        )
+        for key, old, new in differences:
+            if key.startswith(("llama_config.", "data_config.validation_fraction")):
+                log(f"warning: {key} is {new!r}, but {path} was trained with {old!r}")
     log(f"weights: {path or config['model_config']['init_from']}")
 
 
@@ -214,10 +230,10 @@ def _check_model(path: str, manifest: dict[str, Any], config: dict[str, Any]) ->
             )
     names = [c.get("tokenizer", {}).get("sha256") for c in (manifest["config"], config)]
     if all(names) and names[0] != names[1] and config["model_config"]["check_tokenizer"]:
+        name = "bytes" if names[0] == "bytes" else f"{os.path.dirname(path)}/tokenizer"
         raise CheckpointError(
-            f"{path} was trained on a corpus of another tokenizer; prepare this one with its "
-            f"tokenizer (--tokenizer {os.path.dirname(path)}/tokenizer), or set "
-            f"model_config.check_tokenizer=false"
+            f"{path} was trained on a corpus of another tokenizer; prepare this one with "
+            f"--tokenizer {name}, or set model_config.check_tokenizer=false"
         )
 
 
@@ -288,9 +304,12 @@ class Checkpointer:
         """
         if dist.get_rank() == 0:
             remove_leftovers(self.train_config["output_dir"], self.log)
-        self.config["first_row"] = 0
-        path, resumes = _find_complete(self.config, self.restarts, self.log, self.group)
+        found = [find(self.config, self.restarts) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, group=self.group)
+        paths, resumes = found[0]
+        path = _first_complete(paths, self.log, self.group)
         if not path:
+            self.config["first_row"] = 0
             return 0
         manifest = read_manifest(path)
         if not resumes:

@@ -82,7 +82,8 @@ def sample(path: str, prompt: str, tokens: int, temperature: float, seed: int) -
     Reader(path).load({"model": parameters}, no_dist=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    # top_k=0: all tokens, not transformers' default of 50.
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     written = model.to(device).generate(**inputs.to(device), max_new_tokens=tokens, **sampling)
     print(codec.decode(written[0], skip_special_tokens=True))
 
@@ -125,7 +126,7 @@ def main() -> None:
     try:
         commands = {"inspect": inspect, "export": export, "sample": sample}
         commands[options.pop("command")](**options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: a tokenizer's library
         sys.exit(f"error: {error}")
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from typing import Any
 
 from data.corpus import END_OF_DOCUMENT, Corpus, open_corpus
@@ -47,18 +48,17 @@ def _valid(ids: Any, vocab_size: int) -> int | list[int] | None:
 
 
 def of_config(config: dict[str, Any]) -> str:
-    """Returns the tokenizer of a run with this config, as `preflight.run_config` returns it; ""
-    for a config that records none.
-    """
-    if "tokenizer" not in config:
-        return ""
+    """Returns the tokenizer of a run with this config, as `preflight.run_config` returns it."""
     if config["tokenizer"]["sha256"] == "bytes":
         return "bytes"
     prepared = os.path.join(config["data_config"]["source"], "tokenizer")
     if os.path.isdir(prepared):
         return prepared
-    folder = config["model_config"].get("init_from", "")
-    return folder if files(folder) else ""
+    folders = [config["model_config"].get("init_from", "")]
+    for key in ("continue_from", "resume"):  # of the run that this one goes on from
+        if path := config["train_config"].get(key, ""):
+            folders += [os.path.join(path, "tokenizer"), os.path.join(path, "../tokenizer")]
+    return next((folder for folder in folders if files(folder)), "")
 
 
 def of_checkpoint(path: str) -> tuple[str, dict[str, Any]]:
@@ -100,25 +100,23 @@ def keep(config: dict[str, Any]) -> None:
     A new run renames a folder of that name. Raises OSError on a full disk.
     """
     output_dir, name = config["train_config"]["output_dir"], of_config(config)
-    folder = os.path.join(output_dir, "tokenizer")
-    exists = os.path.exists(folder)
-    if (
-        not name
-        or exists
-        and (checkpoints(output_dir) or os.path.realpath(folder) == os.path.realpath(name))
-    ):
+    folder, temporary = os.path.join(output_dir, "tokenizer"), ""
+    exists = os.path.lexists(folder)
+    if exists and (checkpoints(output_dir) or os.path.realpath(folder) == os.path.realpath(name)):
         return
-    temporary = f"{folder}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     try:
-        os.mkdir(temporary)
-        copy(name, temporary)
+        if name:
+            temporary = tempfile.mkdtemp(prefix="tokenizer.", dir=output_dir)
+            os.chmod(temporary, 0o755)
+            copy(name, temporary)
         if exists:
-            number = next(n for n in itertools.count(1) if not os.path.exists(f"{folder}.{n}"))
+            number = next(n for n in itertools.count(1) if not os.path.lexists(f"{folder}.{n}"))
             os.rename(folder, f"{folder}.{number}")
-        os.rename(temporary, folder)
+        if name:
+            os.rename(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
 
 
 def files(folder: str) -> list[str]:

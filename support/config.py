@@ -132,6 +132,9 @@ def resolve(arguments: list[str], world_size: int, evaluates: bool = False) -> l
             f"one process: context_parallel_size {parallel_config['context_parallel_size']} -> 1"
         )
         parallel_config["context_parallel_size"] = 1
+    if world_size == 1 and (replicas := parallel_config["data_parallel_replicate_size"]) > 1:
+        notes.append(f"one process: data_parallel_replicate_size {replicas} -> 1")
+        parallel_config["data_parallel_replicate_size"] = 1
     _check_layout(world_size)
     _check_validation(evaluates)
     for section in sections().values():
@@ -248,6 +251,7 @@ def describe() -> str:
         elif match := re.match(r" *(\w+)=.*,  # (.*)$", line):
             comments[".".join([*path, match[1]])] = match[2]
     lines = [llama_pretrain_config.__doc__.strip(), ""]
+    lines += ["`--evaluate` prints the held-out loss of a checkpoint or of init_from.", ""]
     for name, value in flatten(sections()).items():
         lines += [f"  {name}={value}", f"      {comments.get(name, '')}"]
     return "\n".join(lines)

@@ -264,7 +264,7 @@ class MetricsWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.close()
+        self.close(failed=error is not None)
         if error is None and rank() == 0 and self.record.get("step") == self.train_iters:
             log(self._result())
 
@@ -353,7 +353,7 @@ class MetricsWriter:
         command = f"python -m checkpoint export {shlex.quote(self.output_dir)} hf-model"
         return f"done: {', '.join(parts)}; next: {command}"
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.watchdog.stop()
         if self.profiler is not None:
             self.profiler.stop()
@@ -362,7 +362,7 @@ class MetricsWriter:
                 with contextlib.suppress(OSError):
                     file.close()
         if self.wandb is not None:
-            wandb_run.finish(self.wandb)
+            wandb_run.finish(self.wandb, failed)
 
 
 def log_evaluation(eval_sums: Tensor) -> None:

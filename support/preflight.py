@@ -65,6 +65,7 @@ def describe_plan(arguments: list[str]) -> str:
     world_size, gpu, overrides = plan.parse(overrides)
     notes = run_settings.resolve(overrides, world_size)
     notes = [note for note in notes if not note.startswith("config: ")]  # as asked
+    notes += check_rows()
     llama, dtype = build_llama_config(), train_config["dtype"]
     backend = parallel_config["context_parallel_backend"]
     kernel = plan.choose_kernel(gpu, llama.head_dim, backend, dtype)
@@ -176,7 +177,10 @@ def open_sources(only_evaluates: bool = False) -> Sources:
         sources["train"] = open_source("train", vocab_size, 1, **data_config)
     if train_config["eval_interval"] or only_evaluates:
         num_batches = train_config["eval_iters"]
-        sources["validation"] = open_source("validation", vocab_size, num_batches, **data_config)
+        keys = data_config
+        if only_evaluates and data_config["validation_source"]:
+            keys = {**data_config, "source": "random"}  # the corpus of training is not opened
+        sources["validation"] = open_source("validation", vocab_size, num_batches, **keys)
     return sources
 
 
@@ -205,7 +209,7 @@ def check_files(sources: Sources) -> None:
     if "train" in sources:
         lock_output_dir(train_config["output_dir"])
         checkpoint.check_resume(run_config(sources), restarts())
-    elif not (model_config["init_from"] or checkpoint.find(run_config(sources), 0)[0]):
+    elif not (model_config["init_from"] or checkpoint.find_weights(run_config(sources))):
         raise ValueError(
             f"{EVALUATE} finds no weights: train_config.output_dir={train_config['output_dir']!r} "
             f"holds no checkpoint; give a run's, or a Hugging Face folder in model_config.init_from"

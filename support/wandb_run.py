@@ -8,6 +8,7 @@ from typing import Any
 from .stop import log
 
 FINISH_SECONDS = 60.0  # without a network wandb tries for much longer
+FAILED_SECONDS = 5.0  # after an error, which is printed only then
 
 
 def check(project: str) -> None:
@@ -48,17 +49,17 @@ def start(run_config: dict[str, Any]) -> Any:
         return None
 
 
-def finish(run: Any) -> None:
+def finish(run: Any, failed: bool) -> None:
     """Uploads the rest, and waits for at most a minute; `wandb sync` uploads what is left."""
 
     def upload() -> None:
         try:
-            run.finish()
+            run.finish(exit_code=int(failed))
         except Exception as error:
             log(f"warning: wandb could not finish: {error!r}")
 
     thread = threading.Thread(target=upload, daemon=True)
     thread.start()
-    thread.join(FINISH_SECONDS)
+    thread.join(FAILED_SECONDS if failed else FINISH_SECONDS)
     if thread.is_alive():
         log("warning: wandb has not uploaded everything; `wandb sync` does")

@@ -171,6 +171,15 @@ def test_on_one_process_cp_becomes_1_and_says_so():
     assert resolve([], world_size=1) == []
 
 
+def test_on_one_process_replicas_become_1_and_more_than_dp_are_an_error():
+    replicas = ["parallel_config.data_parallel_replicate_size=2"]
+    lines = resolve(replicas, world_size=1)
+    assert "one process: data_parallel_replicate_size 2 -> 1" in lines
+    assert llama_pretrain_config.parallel_config["data_parallel_replicate_size"] == 1
+    with pytest.raises(ValueError, match="replicate_size=2 must divide dp 1, which is world size"):
+        resolve([*replicas, "parallel_config.context_parallel_size=8"], world_size=8)
+
+
 def test_the_defaults_fit_eight_gpus_and_one():
     resolve([], world_size=8)
     assert llama_pretrain_config.parallel_config["context_parallel_size"] == 2

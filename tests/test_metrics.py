@@ -79,7 +79,9 @@ def write_run(
     """
     config = {
         "llama_config": dataclasses.asdict(PRESETS["tiny"]),
-        "data_config": {"batch_size": 4, "seqlen": 1024},
+        "data_config": {"batch_size": 4, "seqlen": 1024, "source": "random"},
+        "model_config": {},
+        "tokenizer": {"sha256": ""},
         "train_config": {
             "train_iters": steps,
             "step_timeout": 60.0,
@@ -456,7 +458,7 @@ class Wandb(types.ModuleType):
         self.note("log")
         self.logged.append((step, figures["loss"]))
 
-    def finish(self):
+    def finish(self, exit_code=0):
         self.note("finish")
         self.finished += 1
 
@@ -502,7 +504,7 @@ def test_wandb_that_fails_is_a_warning_and_the_run_goes_on(fails, tmp_path, monk
 def test_an_upload_to_wandb_that_never_ends_does_not_keep_the_run(tmp_path, monkeypatch, capsys):
     released = threading.Event()
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
-    monkeypatch.setattr(wandb, "finish", lambda: released.wait(5))
+    monkeypatch.setattr(wandb, "finish", lambda exit_code: released.wait(5))
     monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 0.01)
     write_run(tmp_path, 1, wandb_project="llamas")
     released.set()

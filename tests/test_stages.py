@@ -81,8 +81,13 @@ def test_a_killed_stage_with_other_rows_and_rope_resumes_bitwise_identical(
 def test_a_stage_of_a_stage_goes_on_with_rows_that_none_has_trained_on(
     start, undisturbed, tmp_path
 ):
-    second = start(f"train_config.continue_from={undisturbed[1]}", output_dir=tmp_path / "second")
-    assert second.exit_codes() == [0], second.said
+    """And a finished stage is finished: the same command again changes nothing."""
+    for said in ("continue: a new run begins", "step 12 of 12; all its steps are done"):
+        second = start(
+            f"train_config.continue_from={undisturbed[1]}", output_dir=tmp_path / "second"
+        )
+        assert second.exit_codes() == [0], second.said
+        assert said in second.said and "first_row" not in second.said
     third = start(
         f"train_config.continue_from={tmp_path}/second/step-00000012", "data_config.batch_size=8"
     )
@@ -145,12 +150,26 @@ def test_evaluate_gives_the_loss_of_the_last_evaluation_and_writes_nothing(
     assert files(tmp_path / "run") == before
 
 
-def test_evaluate_takes_the_checkpoint_that_resume_names(start, undisturbed, tmp_path):
+@pytest.mark.parametrize("output_dir", ["run", "the run itself"])
+def test_evaluate_takes_the_checkpoint_that_resume_names(output_dir, start, undisturbed, tmp_path):
     path = f"{undisturbed[1]}/step-00000008"
-    running = start("--evaluate", *EVALUATION, f"train_config.resume={path}")
+    folder = undisturbed[1] if output_dir == "the run itself" else tmp_path / output_dir
+    evaluation = ["data_config.source=/nowhere", *EVALUATION[1:], f"train_config.resume={path}"]
+    running = start("--evaluate", *evaluation, output_dir=folder)
     assert running.exit_codes() == [0], running.said
     assert f"\nweights: {path}\n" in running.said
+    assert "warning" not in running.said
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_warns_where_it_computes_another_model_or_knows_the_documents(start, undisturbed):
+    changes = ["model_config.overrides.rope_theta=20000.0", "data_config.source=python-stdlib"]
+    changes += ["data_config.validation_fraction=0.1", "train_config.eval_iters=1"]
+    running = start("--evaluate", *changes, output_dir=undisturbed[1])
+    assert running.exit_codes() == [0], running.said
+    was = f"but {newest(undisturbed[1])} was trained with"
+    assert f"warning: llama_config.rope_theta is 20000.0, {was} 10000.0" in running.said
+    assert f"warning: data_config.validation_fraction is 0.1, {was} 0.0" in running.said
 
 
 def test_evaluate_without_weights_or_documents_is_one_sentence(start, tmp_path):
