@@ -11,7 +11,6 @@ from conftest import ROOT, open_data, read_metrics, run
 from checkpoint.__main__ import sample
 from data import IGNORED_LABEL
 
-pytestmark = pytest.mark.xdist_group("test_longer_rows")  # one worker runs the commands
 EVAL_ITERS = 2
 
 

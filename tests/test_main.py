@@ -16,7 +16,6 @@ from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
 from modeling_llama import LlamaForCausalLM
 
-pytestmark = pytest.mark.xdist_group("test_main")  # one worker computes `results`
 SEQLEN, BATCH_SIZE = 101, 4  # an odd length: chunks and cp ranks do not divide it, so it is padded
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # (dp, cp)
 
