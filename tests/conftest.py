@@ -1,6 +1,7 @@
 """What several test files use: a process group of one, torchrun, and comparing tensors."""
 
 import copy
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -100,6 +101,26 @@ def undisturbed(tmp_path_factory):
         whole = Run(processes, settings)
         assert whole.exit_codes() == [0] * processes, whole.said
     return found
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Returns a function: (name, fill) -> a folder that `fill` has filled, once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def filled(name: str, fill) -> Path:
+        folder = root / name
+        with open(root / f"{name}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker waits here
+            if not (root / f"{name}.done").exists():
+                folder.mkdir(exist_ok=True)
+                fill(folder)
+                (root / f"{name}.done").touch()
+        return folder
+
+    return filled
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -15,14 +15,18 @@ EVAL_ITERS = 2
 
 
 @pytest.fixture(scope="module")
-def longer(tmp_path_factory):
+def longer(once):
     """The folder of the page's files, and what its commands printed."""
-    folder = tmp_path_factory.mktemp("longer")
     page = (ROOT / "docs/longer_rows.md").read_text()
     script, commands = re.search(r"```python\n(.*?)```.*?```bash\n(.*?)```", page, re.S).groups()
-    (folder / "make_model.py").write_text(script)
-    commands = "set -euo pipefail\n" + commands.replace("longer/", f"{folder}/")
-    return folder, run("bash", "-c", commands).stdout
+
+    def fill(folder):
+        (folder / "make_model.py").write_text(script)
+        command = "set -euo pipefail\n" + commands.replace("longer/", f"{folder}/")
+        (folder / "output.txt").write_text(run("bash", "-c", command).stdout)
+
+    folder = once("longer", fill)
+    return folder, (folder / "output.txt").read_text()
 
 
 def evaluated(output: str) -> list[float]:

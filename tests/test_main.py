@@ -104,19 +104,30 @@ def overrides(folder, cp=1, accumulation=1, variant=TIED) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def results(folder, held_out, tmp_path_factory):
+def results(folder, held_out, once):
     """{(dp, cp, accumulation or "whole", variant): what the worker found}"""
-    path = tmp_path_factory.mktemp("results")
-    found = {}
-    for world_size in (1, 2, 4):
-        layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] == world_size]
-        keys = [
-            (*layout, accumulation, variant)
-            for layout in layouts
-            for accumulation, variant in ((n, VARIANTS[name]) for n, name in ACCUMULATION)
-        ]
-        cases = [
-            {
+    cases = {world_size: cases_of(world_size, folder, held_out) for world_size in (1, 2, 4)}
+
+    def fill(path):
+        for world_size, found in cases.items():
+            (path / "cases.json").write_text(json.dumps([*found.values()]))
+            out = path / f"{world_size}.pt"
+            torchrun(world_size, ROOT / "tests/gradients_worker.py", path / "cases.json", out)
+
+    path, found = once("gradients", fill), {}
+    for world_size, keys in cases.items():
+        found |= dict(zip(keys, torch.load(path / f"{world_size}.pt"), strict=True))
+    return found
+
+
+def cases_of(world_size, folder, held_out) -> dict[tuple, dict]:
+    """The cases of gradients_worker.py on so many processes, by the keys of `results`."""
+    layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] == world_size]
+    cases = {}
+    for dp, cp in layouts:
+        for accumulation, name in ACCUMULATION:
+            variant = VARIANTS[name]
+            cases[dp, cp, accumulation, variant] = {
                 "overrides": [
                     *overrides(folder, cp, accumulation, variant),
                     f"data_config.validation_source={held_out}",
@@ -124,25 +135,14 @@ def results(folder, held_out, tmp_path_factory):
                 ],
                 "ignored_from_row": variant.ignored_from_row,
             }
-            for _, cp, accumulation, variant in keys
-        ]
-        if world_size == 4:
-            for (dp, cp), (variant, batch_size, lengths) in WHOLE.items():
-                settings = overrides(folder, cp, len(lengths), variant)
-                keys.append((dp, cp, "whole", variant))
-                cases.append(
-                    {
-                        "overrides": [*settings, f"data_config.batch_size={batch_size}"],
-                        "ignored_from_row": variant.ignored_from_row,
-                        "lengths": lengths,
-                    }
-                )
-        (path / "cases.json").write_text(json.dumps(cases))
-        torchrun(
-            world_size, ROOT / "tests/gradients_worker.py", path / "cases.json", path / "out.pt"
-        )
-        found |= dict(zip(keys, torch.load(path / "out.pt"), strict=True))
-    return found
+    for (dp, cp), (variant, batch_size, lengths) in WHOLE.items() if world_size == 4 else ():
+        settings = overrides(folder, cp, len(lengths), variant)
+        cases[dp, cp, "whole", variant] = {
+            "overrides": [*settings, f"data_config.batch_size={batch_size}"],
+            "ignored_from_row": variant.ignored_from_row,
+            "lengths": lengths,
+        }
+    return cases
 
 
 @pytest.fixture(scope="module")
