@@ -55,7 +55,7 @@ def of_config(config: dict[str, Any]) -> str:
     if os.path.isdir(prepared):
         return prepared
     folders = [config["model_config"].get("init_from", "")]
-    for key in ("continue_from", "resume"):  # of the run that this one goes on from
+    for key in ("continue_from", "resume"):  # an earlier run keeps its tokenizer
         if path := config["train_config"].get(key, ""):
             folders += [os.path.join(path, "tokenizer"), os.path.join(path, "../tokenizer")]
     return next((folder for folder in folders if files(folder)), "")

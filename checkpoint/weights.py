@@ -163,10 +163,11 @@ def _weight_files(folder: str) -> list[str]:
         if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split(os.sep):
             raise ValueError(f"{index} names {name!r}, which is not a file of the folder")
         files.append(os.path.join(folder, name))
-    for path in sorted(set(files)):
+    files = sorted(set(files))
+    for path in files:
         if not os.path.isfile(path):
             raise ValueError(f"{index} names {path}, which is missing; get the file")
-    return sorted(set(files))
+    return files
 
 
 def check_weights(model: nn.Module, folder: str) -> None:

@@ -127,14 +127,10 @@ def resolve(arguments: list[str], world_size: int, evaluates: bool = False) -> l
         _check(flatten(sections()))
     changed = {k: value for k, value in flatten(sections()).items() if value != in_file[k]}
     notes = [f"config: {name} {in_file[name]!r} -> {value!r}" for name, value in changed.items()]
-    if world_size == 1 and parallel_config["context_parallel_size"] > 1:
-        notes.append(
-            f"one process: context_parallel_size {parallel_config['context_parallel_size']} -> 1"
-        )
-        parallel_config["context_parallel_size"] = 1
-    if world_size == 1 and (replicas := parallel_config["data_parallel_replicate_size"]) > 1:
-        notes.append(f"one process: data_parallel_replicate_size {replicas} -> 1")
-        parallel_config["data_parallel_replicate_size"] = 1
+    for key in ("context_parallel_size", "data_parallel_replicate_size"):
+        if world_size == 1 and parallel_config[key] > 1:
+            notes.append(f"one process: {key} {parallel_config[key]} -> 1")
+            parallel_config[key] = 1
     _check_layout(world_size)
     _check_validation(evaluates)
     for section in sections().values():

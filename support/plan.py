@@ -43,7 +43,7 @@ MEMORY_GIB = {
     "B200": 178.4,
     "A100": 79.2,
 }
-ALLOCATOR_GIB = 0.07  # cuBLAS workspaces and rounding: what is measured beyond the sum, every time
+ALLOCATOR_GIB = 0.07  # cuBLAS workspaces and rounding: the measured rest
 BESIDE_GIB = 2.0  # CUDA's context and NCCL's buffers, outside of PyTorch's allocator; assumed
 MARGIN = 1.05  # the estimate's error, and gaps between the allocator's blocks
 

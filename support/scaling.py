@@ -62,7 +62,7 @@ class Work(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A row of the table. The slowest and the neediest rank stand for all."""
+    """A row of the table: the slowest rank's time, the bytes of the rank that needs most."""
 
     documents: str
     tokens: int

@@ -50,7 +50,7 @@ def start(run_config: dict[str, Any]) -> Any:
 
 
 def finish(run: Any, failed: bool) -> None:
-    """Uploads the rest, and waits for at most a minute; `wandb sync` uploads what is left."""
+    """Uploads the rest. It waits a minute at most, and some seconds if the run has failed."""
 
     def upload() -> None:
         try:
