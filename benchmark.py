@@ -49,6 +49,7 @@ class Case(NamedTuple):
     batch_size: int = 1
     preset: str = "llama-1b"  # 1.498 B parameters
     layers: int = 16
+    offload: bool = False
 
 
 RANDOM_DOCUMENTS = "random-documents"  # of unequal lengths, 4,096 tokens in the mean
@@ -58,6 +59,7 @@ CASES = {
     "32k-8b": Case(32_768, steps=10, preset="llama-8b", layers=4),  # head_dim 128
     "128k": Case(131_072),
     "128k-selective": Case(131_072, 0, "selective"),
+    "128k-selective-offload": Case(131_072, 0, "selective", offload=True),
     "128k-full": Case(131_072, 0, "full"),
     "64k-documents": Case(65_536, 2048, steps=10),
     "64k-random-documents": Case(65_536, RANDOM_DOCUMENTS, steps=10),
@@ -68,7 +70,10 @@ CASES = {
     "128k-documents-full": Case(131_072, 4096, "full", 8),
     "512k-documents-full": Case(524_288, 8192, "full"),
     "1m-documents-full": Case(1_048_576, 8192, "full", 2),
+    "1m-documents-full-offload": Case(1_048_576, 8192, "full", 2, offload=True),
     "2m-documents-full": Case(2_097_152, 8192, "full", 2),
+    "2m-documents-full-offload": Case(2_097_152, 8192, "full", 2, offload=True),
+    "1m-full-offload": Case(1_048_576, 0, "full", 1, offload=True),
     "1m-selective": Case(1_048_576, 0, "selective", 1),
 }
 
@@ -124,6 +129,7 @@ def overrides(case: Case, folder: str) -> list[str]:
         f"data_config.source={source}",
         f"data_config.random_document_length={length}",
         f"train_config.activation_checkpointing={case.recomputation}",
+        f"train_config.activation_offload={case.offload}",
         f"model_config.preset={case.preset}",
         f"model_config.overrides.num_hidden_layers={case.layers}",
         "model_config.overrides.tie_word_embeddings=false",

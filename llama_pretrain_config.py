@@ -37,6 +37,7 @@ train_config = dict(
     gradient_accumulation_steps=1,  # micro-batches per step; a rank splits its rows
     dtype="bfloat16" if ON_GPU else "float32",  # compute type; weights and optimizer are float32
     activation_checkpointing="full" if ON_GPU else "none",  # or `selective`: keeps attention
+    activation_offload=False,  # what recomputing layers keep waits in host memory, not on the GPU
     compile=ON_GPU,  # torch.compile; the first step takes longer
     eval_interval=0,  # steps between evaluations, with one after the last step; 0: none
     eval_iters=20,  # batches per evaluation, the same ones each time

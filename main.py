@@ -99,7 +99,8 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
 
 def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> LlamaForCausalLM:
     """Shards the meta model, then gives it memory on this rank's device, and weights."""
-    apply_recompute(model, train_config["activation_checkpointing"])
+    recomputation, offload = (train_config[f"activation_{x}"] for x in ("checkpointing", "offload"))
+    apply_recompute(model, recomputation, offload)
     if train_config["compile"]:
         apply_compile(model)
     apply_fsdp(model, dp_cp_mesh(device_mesh))

@@ -47,7 +47,11 @@ RULES = [
         lambda v: type(v) is str,
         " ".join(["preset", "wandb_project", *PATHS]),
     ),
-    ("true or false", lambda v: type(v) is bool, "skip_undecodable compile check_tokenizer"),
+    (
+        "true or false",
+        lambda v: type(v) is bool,
+        "skip_undecodable compile check_tokenizer activation_offload",
+    ),
     ("a dict of fields", lambda v: type(v) is dict and all(type(k) is str for k in v), "overrides"),
     (
         "an integer of at least 1, and up to 2^62",
@@ -132,6 +136,7 @@ def resolve(arguments: list[str], world_size: int, evaluates: bool = False) -> l
             notes.append(f"one process: {key} {parallel_config[key]} -> 1")
             parallel_config[key] = 1
     _check_layout(world_size)
+    _check_offload()
     _check_validation(evaluates)
     for section in sections().values():
         section |= {key: os.path.expanduser(section[key]) for key in PATHS if key in section}
@@ -217,6 +222,15 @@ def _check_layout(world_size: int) -> None:
         raise ValueError(
             f"data_config.seqlen={seqlen} x {batch_size // parts} rows of a micro-batch must "
             f"be at most {most}; lower seqlen, or raise gradient_accumulation_steps"
+        )
+
+
+def _check_offload() -> None:
+    mode = train_config["activation_checkpointing"]
+    if train_config["activation_offload"] and mode == "none":
+        raise ValueError(
+            "train_config.activation_offload=True needs activation_checkpointing 'selective' or "
+            "'full', not 'none'"
         )
 
 

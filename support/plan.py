@@ -84,6 +84,7 @@ class Settings:
     dtype: str
     compiled: bool
     replicas: int = 1  # copies of the sharded weights
+    offloads: bool = False  # activation_offload
 
     @classmethod
     def of(cls, config: dict, llama: LlamaConfig, gpu: str, kernel: str, world_size: int):
@@ -93,7 +94,8 @@ class Settings:
             *(llama, gpu, kernel, world_size, parallel["context_parallel_size"]),
             *(data["batch_size"], data["seqlen"], train["gradient_accumulation_steps"]),
             *(train["activation_checkpointing"], train["dtype"], train["compile"]),
-            parallel.get("data_parallel_replicate_size", 1),  # older results have none
+            parallel.get("data_parallel_replicate_size", 1),  # older results have neither
+            train.get("activation_offload", False),
         )
 
     @property
@@ -130,6 +132,7 @@ class Share(NamedTuple):
 
 
 class Estimate(NamedTuple):
+    host: float  # GiB of page-locked host memory for each GPU
     moments: dict[str, dict[str, float]]  # GiB on each GPU by part, at each moment
     seconds: dict[str, float]  # of a step, by part; empty where rates are not measured
     tokens_per_s: float
@@ -172,11 +175,12 @@ def estimate(settings: Settings, lengths: Callable[[int], list[int]]) -> Estimat
     steps.sort(key=lambda step: sum(step[0].values()))
     parts, area = steps[len(steps) // 2]
     seconds, moments = sum(parts.values()), memory(settings, largest)
+    host = host_bytes(settings, largest) / 2**30
     if not parts:
-        return Estimate(moments, {}, 0.0, 0.0)
+        return Estimate(host, moments, {}, 0.0, 0.0)
     flops = training_flops(settings.llama, tokens, area) / settings.world_size
     mfu = flops / seconds / PEAK_FLOPS[settings.gpu]
-    return Estimate(moments, parts, tokens / seconds, mfu)
+    return Estimate(host, moments, parts, tokens / seconds, mfu)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -207,16 +211,7 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     P, s, n, gathers = L * layer + head + root, share.tokens, share.keys or share.tokens, share.keys
     recomputes, is_full = settings.recomputation != "none", settings.recomputation == "full"
 
-    # Bytes that a layer keeps for each token, from forward to backward: float32 log-sum-exps, and
-    # for "none" the inputs of norms and products: x, normed, x, normed; q, k, v, out; gate, up,
-    # their product (without compile also silu(gate)).
-    kept = b * h
-    if settings.recomputation == "selective":
-        kept += b * q + 4 * c.num_attention_heads
-        kept += b * 2 * kv if kernel == "magi_attention" and gathers else 0  # its own copy
-    elif settings.recomputation == "none":
-        kept += b * (3 * h + 2 * q + 2 * kv + (3 if settings.compiled else 4) * i)
-        kept += 4 * c.num_attention_heads
+    kept = kept_bytes(settings, share)
 
     # The loss: logits and their gradient, beside the gradient of the slice before, and the weight's
     # gradient in float32. Without compile: also logits and exponentials in float32.
@@ -269,17 +264,42 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     tied = 0 if head else b * v * h  # a tied head's gradient waits for the embedding's
     pair = 2 * layer  # a layer, and the one that FSDP gathers ahead
     layers = pair if recomputes else L * layer
-    last = L, head, 4 * head + tied + b * layer, root + layers
-    first = 1, P - root - layer, 4 * layer + tied + b * layer, root + pair
+    # With offload the GPU holds what a layer and the one before keep, in backward.
+    held, first, ahead = (1, "second", 2) if settings.offloads and L > 1 else (L, "first", 1)
+    at_last = ahead if settings.offloads else L, head, 4 * head + tied + b * layer, root + layers
+    at_first = ahead, P - root - ahead * layer, 4 * layer + tied + b * layer, root + pair
     in_loss = head + root + (0 if recomputes else layers)
     return {
-        "the loss": moment(L, 0, 0, in_loss, 0, 3 * x, logits),
-        "the last layer's attention": moment(*last, attention, x),
-        "the last layer's MLP": moment(*last, again, mlp),
-        "the first layer's attention": moment(*first, attention, x),
-        "the first layer's MLP": moment(*first, again, mlp),
+        "the loss": moment(held, 0, 0, in_loss, 0, 3 * x, logits),
+        "the last layer's attention": moment(*at_last, attention, x),
+        "the last layer's MLP": moment(*at_last, again, mlp),
+        f"the {first} layer's attention": moment(*at_first, attention, x),
+        f"the {first} layer's MLP": moment(*at_first, again, mlp),
         "the embedding": moment(0, P - root, 4 * root + b * v * h + tied, root, 0, x),
     }
+
+
+def kept_bytes(settings: Settings, share: Share) -> int:
+    """Returns the bytes that a layer keeps for each token, from forward to backward.
+
+    They are the input, float32 log-sum-exps, and for "none" the inputs of norms and products: x,
+    normed, x, normed; q, k, v, out; gate, up, their product (without compile also silu(gate)).
+    """
+    (h, q, kv, i), b = settings.widths, 2 if settings.dtype == "bfloat16" else 4
+    log_sum_exp = 4 * settings.llama.num_attention_heads
+    if settings.recomputation == "selective":
+        copied = settings.kernel == "magi_attention" and share.keys  # its own copy of K and V
+        return b * (h + q + (2 * kv if copied else 0)) + log_sum_exp
+    if settings.recomputation == "none":
+        products = 3 if settings.compiled else 4
+        return b * (4 * h + 2 * q + 2 * kv + products * i) + log_sum_exp
+    return b * h
+
+
+def host_bytes(settings: Settings, share: Share) -> int:
+    """Returns the page-locked host memory that `activation_offload` needs for each GPU."""
+    layers = settings.llama.num_hidden_layers - 1  # what the last one keeps stays on the GPU
+    return settings.offloads * layers * kept_bytes(settings, share) * share.tokens
 
 
 def step_seconds(settings: Settings, shares: list[Share]) -> dict[str, float]:
@@ -389,14 +409,18 @@ def neighbours(settings: Settings) -> Iterator[tuple[str, Settings]]:
     cp_size, rows = settings.cp_size, settings.batch_size
     changes = {
         "train_config.activation_checkpointing": CHOICES["activation_checkpointing"],
-        "parallel_config.context_parallel_size": (cp_size // 2, cp_size * 2),
-        "data_config.batch_size": (rows // 2, rows * 2),
+        "train_config.activation_offload": (False, True),
+        "parallel_config.context_parallel_size": (max(1, cp_size // 2), cp_size * 2),
+        "data_config.batch_size": (max(1, rows // 2), rows * 2),
     }
     yield "as asked", settings
-    for key, field in zip(changes, ("recomputation", "cp_size", "batch_size"), strict=True):
-        for value in changes[key]:
+    fields = "recomputation", "offloads", "cp_size", "batch_size"
+    for (key, values), field in zip(changes.items(), fields, strict=True):
+        for value in values:
             other = replace(settings, **{field: value})
-            if value and other != settings and other.world_size % other.cp_size == 0:
+            if other == settings or (other.offloads and other.recomputation == "none"):
+                continue
+            if other.world_size % other.cp_size == 0:
                 parts = other.dp_size * other.accumulation
                 if other.batch_size % parts == 0 and other.dp_size % other.replicas == 0:
                     yield f"{key}={value}", other
@@ -421,6 +445,7 @@ def report(settings: Settings, lengths: Callable[[int], list[int]]) -> str:
         f"{asked.peak:8.2f}  together, and {BESIDE_GIB:g} for CUDA and NCCL, of "
         f"{MEMORY_GIB[gpu]}: {answer[asked.fits(gpu)]}",
         f"other moments: {others}",
+        *([f"host memory: {asked.host:.1f} GiB for each GPU"] if settings.offloads else []),
         "",
         "milliseconds of a step: "
         + ", ".join(f"{part} {value * 1e3:,.0f}" for part, value in asked.seconds.items())

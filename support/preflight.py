@@ -4,10 +4,12 @@ import fnmatch
 import glob
 import importlib
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,7 @@ def set_up(arguments: list[str]) -> Sources:
     notes += [f"attention: {line}" for line in choose_backend()]
     notes += check_rows()
     check_machine()
+    notes += check_host_memory()
     check_init_from(evaluates)
     if train_config["wandb_project"] and not evaluates and rank() == 0:
         wandb_run.check(train_config["wandb_project"])
@@ -152,6 +155,48 @@ def check_machine() -> None:
             f"train_config.compile=True needs a compiler, and {' or '.join(wanted)} is not in "
             f"PATH; install one, or set train_config.compile=false"
         )
+
+
+def check_host_memory() -> list[str]:
+    """Raises ValueError if `activation_offload` needs more than the node has; returns log lines."""
+    if not train_config["activation_offload"]:
+        return []
+    if not torch.cuda.is_available():
+        return ["activation_offload changes nothing on a CPU"]
+    world_size = int(os.environ["WORLD_SIZE"])
+    backend = parallel_config["context_parallel_backend"]
+    config = run_settings.sections()
+    settings = plan.Settings.of(config, build_llama_config(), "", backend, world_size)
+    tokens = settings.batch_size * settings.seqlen // settings.accumulation // world_size
+    share = plan.Share(tokens, 0, tokens if settings.cp_size > 1 else 0, 0)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = processes * plan.host_bytes(settings, share) / 2**30
+    free = free_host_memory() / 2**30
+    if needed > free:
+        raise ValueError(
+            f"train_config.activation_offload=True needs {needed:.1f} GiB of host memory for "
+            f"{processes} GPUs, and {free:.1f} GiB of this node are free; use more GPUs or a "
+            f"lower data_config.seqlen or batch_size, or set activation_offload=false"
+        )
+    return [f"activation_offload: {needed:.1f} of {free:.1f} GiB of free host memory"]
+
+
+def free_host_memory() -> int:
+    """Returns the bytes that processes can still take: of the machine and of a container."""
+    with open("/proc/meminfo") as file:
+        free = [1024 * int(re.search(r"MemAvailable: +(\d+)", file.read())[1])]
+    limits = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for folder, names in zip(("/sys/fs/cgroup", "/sys/fs/cgroup/memory"), limits, strict=True):
+        try:
+            limit, used = (Path(folder, name).read_text() for name in names)
+            statistics = Path(folder, "memory.stat").read_text()
+        except OSError:  # the other version of cgroups, or no container
+            continue
+        if limit.strip() != "max":
+            # Files that were read count as used, but give way.
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
+            free.append(int(limit) - int(used) + int(cached[1]))
+    return min(free)
 
 
 def check_init_from(evaluates: bool = False) -> None:

@@ -1,11 +1,12 @@
-"""Less memory and less time for a plain model: recomputation, and torch.compile.
+"""Less memory and less time for a plain model: recomputation, offload, and torch.compile.
 
-Both are applied from outside, before FSDP, and change no value:
+All are applied from outside, before FSDP, and change no value:
 
-    apply_recompute(model, "selective")
+    apply_recompute(model, "selective", offload=True)
     apply_compile(model)
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -16,20 +17,24 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from context_parallel import calc_attn
-from context_parallel.native import not_saved
+from context_parallel.native import KEEP, keep_on_device, not_saved
 
 MLP_SLICE_SIZE = 16_384  # tokens whose MLP activations exist at a time
+HOST_BLOCK_SIZE = 2**25  # bytes; PyTorch rounds page-locked memory up to a power of two
+SMALLEST_OFFLOADED = 2**20  # bytes; a smaller tensor would leave most of a block empty
 
 
-def apply_recompute(model: nn.Module, mode: str) -> None:
+def apply_recompute(model: nn.Module, mode: str, offload: bool = False) -> None:
     """Makes each decoder layer keep little from forward to backward, and compute the rest again.
 
     mode: "full" keeps a layer's input, [s, h]; "selective" also attention's output and log-sum-exp,
-    and so runs its kernel once; "none" changes nothing.
+    and so runs its kernel once; "none" changes nothing. offload: keeps it in page-locked host
+    memory, except on a CPU.
     """
+    host = _Host() if offload and torch.cuda.is_available() else None
     if mode != "none":
         for layer in model.model.layers:
-            layer.forward = _RecomputingForward(layer, keeps_attention=mode == "selective")
+            layer.forward = _RecomputingForward(layer, mode == "selective", host)
 
 
 def apply_compile(model: nn.Module) -> None:
@@ -73,8 +78,8 @@ class _RecomputingForward:
     half goes slice by slice: its activations are 12 times as large as its input.
     """
 
-    def __init__(self, layer: nn.Module, keeps_attention: bool) -> None:
-        self.layer, self.keeps_attention = layer, keeps_attention
+    def __init__(self, layer: nn.Module, keeps_attention: bool, host: "_Host | None") -> None:
+        self.layer, self.keeps_attention, self.host = layer, keeps_attention, host
         self.attention_half, self.mlp_half = _attention_half, _mlp_half
 
     def compile(self, compiled: Callable) -> None:
@@ -84,12 +89,17 @@ class _RecomputingForward:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: object) -> Tensor:
         """x: [s, h]; cos, sin: [s, hd / 2]; returns [s, h]."""
-        attention = _Attention(runtime_key, self.keeps_attention)
+        offloaded = _Offloaded(self.host) if self.host and torch.is_grad_enabled() else None
+        keep = offloaded.keep if offloaded else keep_on_device
+        attention = _Attention(runtime_key, keep if self.keeps_attention else None)
         half = partial(self.attention_half, self.layer, cos=cos, sin=sin, attention=attention)
-        first_half = _Recomputed(self.layer.input_layernorm, half, x)
-        x = first_half.run()
+        first_half = _Recomputed(self.layer.input_layernorm, half, x, keep)
+        x = first_half.run(x)
         with not_saved([x], first_half.output_again):
-            return torch.cat([self.mlp_half(self.layer, part) for part in x.split(MLP_SLICE_SIZE)])
+            x = torch.cat([self.mlp_half(self.layer, part) for part in x.split(MLP_SLICE_SIZE)])
+        if offloaded:
+            offloaded.free_layer_before()
+        return x
 
 
 def _attention_half(layer: nn.Module, x: Tensor, normed: Tensor, cos, sin, attention) -> Tensor:
@@ -111,15 +121,18 @@ class _Recomputed:
     in the order of the first, and the output, which the MLP half needs.
     """
 
-    def __init__(self, norm: Callable, function: Callable, x: Tensor) -> None:
-        """norm: x -> normed, cheap, so recomputed later still. function: x, normed -> output."""
-        self.norm, self.function, self.x = norm, function, x
+    def __init__(self, norm: Callable, function: Callable, x: Tensor, keep: Callable) -> None:
+        """norm: x -> normed, cheap, so recomputed later still. function: x, normed -> output.
+        keep: as `keep_on_device`.
+        """
+        self.norm, self.function = norm, function
+        self.x, self.needs_grad = keep(x), x.requires_grad
         self.num_saved, self.saved, self.output, self.normed = 0, {}, None, None
         self.cpu_rng, self.device_rng = torch.get_rng_state(), get_device_states(x)
 
-    def run(self) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         with saved_tensors_hooks(self._count, self._saved_again):
-            return self.function(self.x, self.norm(self.x))
+            return self.function(x, self.norm(x))
 
     def output_again(self) -> tuple[Tensor]:
         if self.output is None:
@@ -138,7 +151,7 @@ class _Recomputed:
         if isinstance(tensor, Tensor):
             return tensor
         if self.normed is None:
-            self.normed = self.norm(self.x.detach())
+            self.normed = self.norm(self.x())
         return self.normed.as_strided(*tensor)
 
     def _run_again(self) -> None:
@@ -150,7 +163,7 @@ class _Recomputed:
             else:
                 saved.append(tensor.detach())
 
-        x = self.x.detach().requires_grad_(self.x.requires_grad)
+        x = self.x().detach().requires_grad_(self.needs_grad)
         devices, states = self.device_rng
         with (
             torch.enable_grad(),
@@ -171,10 +184,10 @@ class _Attention:
     of a backend: first in forward, then when backward runs the layer's half again.
     """
 
-    def __init__(self, runtime_key: object, is_kept: bool) -> None:
-        """is_kept: keeps the output and log-sum-exp of forward, so that its kernel runs once."""
-        self.runtime_key, self.is_kept = runtime_key, is_kept
-        self.out, self.edges, self.qkv, self.ran = None, [], [], False
+    def __init__(self, runtime_key: object, keep: Callable | None) -> None:
+        """keep: as `keep_on_device`; forward's output and log-sum-exp, so its kernel runs once."""
+        self.runtime_key, self.keep = runtime_key, keep
+        self.out, self.edge, self.edges, self.qkv, self.ran = None, None, [], [], False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.ran:
@@ -183,22 +196,27 @@ class _Attention:
         if self.out is None:
             self.run(q, k, v)
         self.qkv[:] = map(_in_storage_of_its_own, (q, k, v))
-        return self.out.detach().requires_grad_(any(x.requires_grad for x in (q, k, v)))
+        return self.out().detach().requires_grad_(any(x.requires_grad for x in (q, k, v)))
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Runs forward, in a graph of its own that does not hold q, k and v."""
-        again = self.qkv  # not `self` below, which would be a reference cycle
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Runs forward, in a graph of its own that does not hold q, k and v. Returns the output."""
+        again, keep = self.qkv, self.keep or keep_on_device  # not `self`: a reference cycle
         qkv = [_in_storage_of_its_own(x) for x in (q, k, v)]
         with torch.enable_grad():
             qkv = _Inputs.apply(torch.empty(0, requires_grad=True), *qkv)
             self.edges = [get_gradient_edge(x) for x in qkv]
+            token = KEEP.set(keep)
             with not_saved(qkv, lambda: again):
-                self.out, _ = calc_attn(*qkv, self.runtime_key)
+                out, _ = calc_attn(*qkv, self.runtime_key)
+            KEEP.reset(token)
+        self.out, self.edge = keep(out), get_gradient_edge(out)
+        return out.detach()
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """grad: of the output. Returns the gradients of q, k and v, once."""
-        out, self.out = self.out, None
-        gradients = torch.autograd.grad(out, self.edges, grad)
+        # The graph's nodes hold `self` for longer than backward.
+        edge, self.out, self.edge, self.keep = self.edge, None, None, None
+        gradients = torch.autograd.grad(edge, self.edges, grad)
         self.qkv.clear()
         return gradients
 
@@ -207,9 +225,8 @@ class _FirstAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, attention):
         ctx.attention = attention
-        if attention.is_kept and any(ctx.needs_input_grad):
-            attention.run(q, k, v)
-            return attention.out.detach()
+        if attention.keep and any(ctx.needs_input_grad):
+            return attention.run(q, k, v)
         return calc_attn(q, k, v, attention.runtime_key)[0]
 
     @staticmethod
@@ -238,3 +255,86 @@ def _in_storage_of_its_own(x: Tensor) -> Tensor:
 
 def _never(packed: object) -> Tensor:
     raise AssertionError("the graph of a recomputation has no backward")
+
+
+class _Host:
+    """Page-locked host memory, shared by all layers. Each step uses its blocks again.
+
+    One stream makes all copies, in their order, so a block that is free can be filled at once.
+    """
+
+    def __init__(self) -> None:
+        self.stream, self.free, self.newest = torch.cuda.Stream(), [], lambda: None
+
+    def take(self, num: int) -> list[Tensor]:
+        while len(self.free) < num:
+            self.free.append(torch.empty(HOST_BLOCK_SIZE, dtype=torch.uint8, pin_memory=True))
+        return [self.free.pop() for _ in range(num)]
+
+
+class _Offloaded:
+    """What a layer keeps. It goes to the host while the next layer computes, and comes back while
+    the next layer's backward does. So what the last layer keeps stays on the GPU.
+    """
+
+    def __init__(self, host: _Host) -> None:
+        self.host, self.tensors, self.blocks, self.loaded = host, [], [], None
+        self.before, host.newest = host.newest(), weakref.ref(self)
+        if self.before:
+            self.before.store()
+
+    def keep(self, x: Tensor) -> Callable[[], Tensor]:
+        """As `keep_on_device`."""
+        x = x.detach()
+        if x.nbytes < SMALLEST_OFFLOADED or not x.is_contiguous():
+            return lambda: x
+        index = next((i for i, y in enumerate(self.tensors) if y.is_set_to(x)), len(self.tensors))
+        if index == len(self.tensors):  # attention's output is kept twice
+            self.tensors.append(x)
+        return lambda: self.get(index)
+
+    def store(self) -> None:
+        """Begins to copy to the host."""
+        self.blocks = [self.host.take(len(_parts(x))) for x in self.tensors]
+        self._copy(to_host=True)
+
+    def free_layer_before(self) -> None:
+        """Lets the GPU's memory of the layer before be used again, when its copies are made."""
+        if self.before:
+            torch.cuda.current_stream().wait_stream(self.host.stream)
+            self.before.tensors = [x.to("meta") for x in self.before.tensors]
+
+    def load(self) -> None:
+        """Begins to copy to the GPU."""
+        if not any(x.is_meta for x in self.tensors):
+            return
+        self.tensors = [torch.empty_like(x, device="cuda") for x in self.tensors]
+        self._copy(to_host=False)
+        self.loaded = self.host.stream.record_event()
+
+    def _copy(self, to_host: bool) -> None:
+        self.host.stream.wait_stream(torch.cuda.current_stream())  # it may still use this memory
+        with torch.cuda.stream(self.host.stream):
+            for x, blocks in zip(self.tensors, self.blocks, strict=True):
+                for part, block in zip(_parts(x), blocks, strict=True):
+                    block = block[: len(part)]
+                    source, target = (part, block) if to_host else (block, part)
+                    target.copy_(source, non_blocking=True)
+
+    def get(self, index: int) -> Tensor:
+        self.load()
+        if self.before:
+            self.before.load()
+        if self.loaded:
+            torch.cuda.current_stream().wait_event(self.loaded)
+        return self.tensors[index]
+
+    def __del__(self) -> None:
+        if self.loaded:  # the GPU's memory is free after the copy, which backward may not need
+            torch.cuda.current_stream().wait_event(self.loaded)
+        for blocks in self.blocks:
+            self.host.free += blocks
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    return x.view(-1).view(torch.uint8).split(HOST_BLOCK_SIZE)
