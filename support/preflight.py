@@ -52,7 +52,7 @@ def set_up(arguments: list[str]) -> Sources:
     notes += [f"attention: {line}" for line in choose_backend()]
     notes += check_rows()
     check_machine()
-    notes += check_host_memory()
+    notes += [] if evaluates else check_host_memory()
     check_init_from(evaluates)
     if train_config["wandb_project"] and not evaluates and rank() == 0:
         wandb_run.check(train_config["wandb_project"])
@@ -181,21 +181,21 @@ def check_host_memory() -> list[str]:
     return [f"activation_offload: {needed:.1f} of {free:.1f} GiB of free host memory"]
 
 
-def free_host_memory() -> int:
-    """Returns the bytes that processes can still take: of the machine and of a container."""
-    with open("/proc/meminfo") as file:
-        free = [1024 * int(re.search(r"MemAvailable: +(\d+)", file.read())[1])]
+def free_host_memory(root: str = "/") -> int:
+    """Returns the bytes that processes can still take, of the machine and of a container."""
+    meminfo = Path(root, "proc/meminfo").read_text()
+    free = [1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo)[1])]
     limits = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    for folder, names in zip(("/sys/fs/cgroup", "/sys/fs/cgroup/memory"), limits, strict=True):
+    for folder, names in zip(("sys/fs/cgroup", "sys/fs/cgroup/memory"), limits, strict=True):
         try:
-            limit, used = (Path(folder, name).read_text() for name in names)
-            statistics = Path(folder, "memory.stat").read_text()
+            limit, used = (Path(root, folder, name).read_text() for name in names)
+            statistics = Path(root, folder, "memory.stat").read_text()
         except OSError:  # the other version of cgroups, or no container
             continue
         if limit.strip() != "max":
             # Files that were read count as used, but give way.
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
-            free.append(int(limit) - int(used) + int(cached[1]))
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
+            free.append(int(limit) - int(used) + max(map(int, cached), default=0))
     return min(free)
 
 

@@ -75,6 +75,10 @@ def test_overrides_take_the_type_of_the_default():
             "train_config.eval_interval=9 needs documents to evaluate",
         ),
         ("train_config.gradient_accumulation_steps=4", "batch_size=4 must be a multiple of 16"),
+        (
+            "train_config.activation_offload=true",
+            "activation_offload=True needs activation_checkpointing 'selective' or 'full', not 'n",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(argument, sentence):

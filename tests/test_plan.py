@@ -5,6 +5,7 @@
 prints the tables of docs/plan.md.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -342,6 +343,84 @@ def test_a_run_s_log_has_the_plan_s_numbers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
     plan.log_expected(llama, None, said.append)
     assert len(said) == 1
+
+
+OFFLOADED = [*LONG, "train_config.activation_offload=true"]
+
+
+@pytest.mark.usefixtures("config")
+def test_offload_moves_what_layers_keep_to_the_host():
+    """All inputs but the last layer's, of 131,072 / 8 tokens; the last moment holds two layers'."""
+    assert "host memory" not in preflight.describe_plan(LONG)
+    text = preflight.describe_plan(OFFLOADED)
+    layer = 131_072 // 8 * 4096 * 2 / 2**30
+    assert f"host memory: {31 * layer:.1f} GiB for each GPU" in text
+    settings = plan.Settings.of(sections(), PRESETS["llama-8b"], "H100", "FlashAttention-4", 8)
+    share = plan.Share(131_072 // 8, 1.0, 131_072, 1.0)
+    moved = plan.memory(settings, share)
+    plain = plan.memory(dataclasses.replace(settings, offloads=False), share)
+    for moment, layers in (("the loss", 31), ("the last layer's attention", 30)):
+        less = plain[moment]["kept by layers"] - moved[moment]["kept by layers"]
+        assert less == pytest.approx(layers * layer)
+    assert "the second layer's attention" in moved, "its gradients, and the first layer's input"
+
+
+@pytest.mark.usefixtures("config")
+def test_too_little_host_memory_is_one_sentence(monkeypatch):
+    """As on a node with 8 of 16 GPUs."""
+    resolve([*OFFLOADED, "data_config.batch_size=2"], world_size=16)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert preflight.check_host_memory() == ["activation_offload changes nothing on a CPU"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(preflight, "free_host_memory", lambda: 32 * 2**30)
+    assert preflight.check_host_memory() == [
+        "activation_offload: 31.0 of 32.0 GiB of free host memory"
+    ]
+    monkeypatch.setattr(preflight, "free_host_memory", lambda: 30 * 2**30)
+    with pytest.raises(ValueError) as error:
+        preflight.check_host_memory()
+    assert str(error.value).startswith(
+        "train_config.activation_offload=True needs 31.0 GiB of host memory for 8 GPUs, and 30.0 "
+        "GiB of this node are free; use more GPUs"
+    )
+
+
+@pytest.mark.parametrize(
+    "folder, files, free",
+    [
+        ("none", {}, 1024),
+        ("", {"memory.max": "max", "memory.current": "5", "memory.stat": ""}, 1024),
+        ("", {"memory.max": "900", "memory.current": "500", "memory.stat": "file 7"}, 400),
+        (
+            "",
+            {
+                "memory.max": "900",
+                "memory.current": "500",
+                "memory.stat": "inactive_anon 7\ninactive_file 100\n",
+            },
+            500,
+        ),
+        (
+            "memory",
+            {
+                "memory.limit_in_bytes": "900",
+                "memory.usage_in_bytes": "500",
+                "memory.stat": "total_inactive_file 30\n",
+            },
+            430,
+        ),
+    ],
+)
+def test_free_host_memory_is_the_container_s_too(folder, files, free, tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemFree:  9 kB\nMemAvailable:       1 kB\n")
+    cgroup = tmp_path / "sys/fs/cgroup" / folder
+    cgroup.mkdir(parents=True)
+    for name, text in files.items():
+        (cgroup / name).write_text(text)
+    assert preflight.free_host_memory(str(tmp_path)) == free
+    assert preflight.free_host_memory() > 2**20
 
 
 def test_unequal_documents_count_as_the_slowest_rank_has_them():
