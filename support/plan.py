@@ -235,6 +235,9 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     exchange = (4 + 2 * b) * 2 * kv * s * settings.cp_size if gathers else 0
     copied = b * 2 * kv * n if gathers else 0
     attention = again + copied + b * (2 * q * s + 2 * kv * n) + max(sums, exchange)
+    # Then backward of the projections: gradients of q, k, v after and before RoPE, the input, which
+    # was recomputed, and two gradients of it. Measured with a snapshot.
+    attention = max(attention, b * s * ((q + 2 * kv) + (q + kv) + 3 * h))
     # Backward of the MLP: its input and the gradients of both ends; of a slice gate, up, product
     # and their gradients. Without recomputation these gradients of all tokens.
     slice_size = min(s, MLP_SLICE_SIZE)

@@ -1,8 +1,11 @@
 """Compares the gradients of steps with and without `activation_offload`, on GPUs.
 
-    torchrun --nproc-per-node 1 tests/offload_worker.py native selective 128
+    torchrun --nproc-per-node 1 tests/offload_worker.py native selective 64
 
 The third argument is the length of documents. Rank 0 prints one line.
+
+Kernels add up gradients in an order that varies, but in one order if a document fits one block of
+theirs and each query head has its own keys.
 """
 
 import sys
@@ -60,6 +63,7 @@ def compare(backend: str, mode: str, length: str) -> None:
                 "data_config.batch_size=2",
                 f"parallel_config.context_parallel_backend={backend}",
                 "model_config.overrides.num_hidden_layers=4",
+                "model_config.overrides.num_key_value_heads=32",
                 "model_config.overrides.vocab_size=1024",
             ]
         )
@@ -75,23 +79,26 @@ def compare(backend: str, mode: str, length: str) -> None:
     blocks = 3 * -(-40_000 // dist.get_world_size() * 4096 // recompute.HOST_BLOCK_SIZE)
     in_host = len(hosts[0].free)  # all of them are free again
     assert in_host >= blocks, (in_host, blocks)
-    assert in_host <= blocks * (3 if mode == "selective" else 1) + 3, (in_host, blocks)
-    rounding = largest_error(plain, again)
-    error = largest_error(plain, moved)
-    assert error <= 2 * rounding, (error, rounding)
+    # Out, log-sum-exps, and of magi_attention K and V too.
+    assert in_host <= blocks * (5 if mode == "selective" else 1) + 3, (in_host, blocks)
+    (rounding, _), (error, name) = largest_error(plain, again), largest_error(plain, moved)
+    assert error <= 2 * rounding, (error, rounding, name)
     if rank() == 0:
         print(
-            f"{backend} {mode}: without offload run twice {rounding:.1e}, with it {error:.1e}; "
+            f"{backend} {mode}: without offload run twice {rounding:.1e}, with it {error:.1e} "
+            f"({name}); "
             f"{peak:.2f} -> {lower:.2f} GiB; {in_host} blocks; waits {waits}, {more_waits}"
         )
 
 
-def largest_error(some: list[dict], others: list[dict]) -> float:
-    """Returns the largest relative error of all gradients; 0.0: they are equal bit for bit."""
+def largest_error(some: list[dict], others: list[dict]) -> tuple[float, str]:
+    """Returns the largest relative error of all gradients, and whose; 0.0: equal bit for bit."""
+
+    def error(x: torch.Tensor, y: torch.Tensor) -> float:
+        return 0.0 if torch.equal(x, y) else float((x - y).norm() / y.norm())
+
     return max(
-        0.0 if torch.equal(x[name], y[name]) else float((x[name] - y[name]).norm() / y[name].norm())
-        for x, y in zip(some, others, strict=True)
-        for name in x
+        (error(x[name], y[name]), name) for x, y in zip(some, others, strict=True) for name in x
     )
 
 
