@@ -86,8 +86,8 @@ def last_evaluation(run: str) -> tuple[dict[int, float], dict[int, int]]:
 
 def plot_by_position(runs: list[str], output: str) -> None:
     """Draws the loss of each run's last evaluation over the position in the document, and below
-    it the number of labels. The frame fits the last ten ranges of positions: the loss of the first
-    ones is so high that the others would look flat.
+    it the number of labels. A dotted line is the mean over all labels. The frame fits the last ten
+    ranges of positions: the loss of the first ones is so high that the others would look flat.
     """
     plt = import_pyplot()
     if len(runs) > MOST_CURVES:
@@ -106,25 +106,20 @@ def plot_by_position(runs: list[str], output: str) -> None:
         axes.plot(places, list(losses.values()), "o-", color=f"C{i}", linewidth=1.2, markersize=4)
         places = [math.log2(end) + (i - (len(runs) - 1) / 2) * width for end in labels]
         below.bar(places, list(labels.values()), width, color=f"C{i}")
-        ends.append((list(losses.values())[-1], math.log2(max(losses)), i))
+        mean = sum(loss * labels[end] for end, loss in losses.items()) / sum(labels.values())
+        axes.axhline(mean, color=f"C{i}", linestyle=":", linewidth=1.2)
+        ends.append((mean, i))
     margin = 0.1 * (max(in_frame) - min(in_frame)) or 0.1
     low, high = axes.set_ylim(min(in_frame) - margin, max(in_frame) + margin)
     height = -1.0  # of the last name, as a share of the axes
-    for loss, place, i in sorted(ends):
-        height = max((loss - low) / (high - low), height + 0.07)
-        axes.annotate(
-            f"{name_of(runs[i])} ({loss:.2f})",
-            (place, loss),
-            (1.02, height),
-            textcoords="axes fraction",
-            color=f"C{i}",
-            va="center",
-            arrowprops={"arrowstyle": "-", "ls": ":", "color": f"C{i}", "relpos": (0, 0.5)},
-        )
+    for mean, i in sorted(ends):
+        height = max((mean - low) / (high - low), height + 0.07)
+        label = f"{name_of(runs[i])} ({mean:.2f})"
+        axes.text(1.02, height, label, transform=axes.transAxes, color=f"C{i}", va="center")
     ticks = range(1, longest.bit_length())
     below.set_xticks(ticks, [f"{2**tick:,}" for tick in ticks], rotation=30)
     below.set(yscale="log", ylabel="labels", xlabel="position in the document, up to")
-    axes.set(ylabel="held-out loss, nats per label", title="run (loss at the last position)")
+    axes.set(ylabel="held-out loss, nats per label", title="run (loss over all positions, dotted)")
     for part in (axes, below):
         part.set_axisbelow(True)
         part.grid(alpha=0.3)

@@ -555,9 +555,11 @@ def test_plot_by_position_draws_the_last_evaluation_of_each_run(tmp_path, monkey
     curves, labels = drawn[0].axes
     assert [line.get_xydata().tolist() for line in curves.lines] == [
         [[1, 3], [3, 1]],  # log2 of the position, and the loss
+        [[0, 2], [1, 2]],  # the mean, from the left to the right
         [[1, 3], [2, 3], [3, 1], [4, 0.25]],
+        [[0, 18 / 11], [1, 18 / 11]],
     ]
-    assert [text.get_text() for text in curves.texts] == ["long (0.25)", "short (1.00)"]
+    assert [text.get_text() for text in curves.texts] == ["long (1.64)", "short (2.00)"]
     assert [bar.get_height() for bar in labels.patches] == [2, 2, 2, 3, 2, 4]
     assert [tick.get_text() for tick in labels.get_xticklabels()] == ["2", "4", "8", "16"]
 
