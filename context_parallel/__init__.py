@@ -1,7 +1,6 @@
 """Context parallelism: the choice of a backend, and the attention call.
 
-Both backends build a *runtime key* per micro-batch: each rank's chunks of a packed sequence, and
-the keys that their queries see.
+Both build a *runtime key* per micro-batch: each rank's chunks, and the keys that they see.
 """
 
 import importlib

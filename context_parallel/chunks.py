@@ -5,7 +5,6 @@ so chunks are as large as balance allows.
 """
 
 import heapq
-import math
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:
     needs two (first and last). cu_seqlens: [documents + 1], on the CPU.
     """
     total_seqlen = int(cu_seqlens[-1])
-    best = (math.inf, 0)  # imbalance, and minus the chunk size: of equals the larger
+    best = (float("inf"), 0)  # imbalance, and minus the chunk size: of equals the larger
     chunks_per_rank = 1
     while True:
         chunk_size = -(-total_seqlen // (chunks_per_rank * cp_size))

@@ -25,6 +25,8 @@ from .kernels import Pieces, select_kernel
 # torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# x -> a function for backward that returns x. An output that its own graph keeps would be a cycle.
+KEEP = ContextVar("KEEP", default=lambda x: x.detach().detach)
 
 
 @dataclass(frozen=True)
@@ -164,26 +166,15 @@ def _gather_keys(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tu
     return q.view_as(q), *(x.index_select(0, key.key_rows) for x in gathered.unbind(dim=1))
 
 
-def keep_on_device(x: Tensor) -> Callable[[], Tensor]:
-    """Keeps x for backward, which calls the function returned to get it."""
-    x = x.detach()  # not x itself: an output that its own graph keeps would be a reference cycle
-    return lambda: x
-
-
-# How autograd keeps what `not_saved` does not name. Of nested hooks only the innermost ones act.
-KEEP = ContextVar("KEEP", default=keep_on_device)
-
-
 def not_saved(tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]):
     """Returns a context in which autograd does not save these tensors, nor views of them. Backward
     calls `again`, which returns tensors of the same values, strides and offsets.
     """
     indices = {x.untyped_storage().data_ptr(): i for i, x in enumerate(tensors)}
-    keep = KEEP.get()
 
     def pack(x: Tensor):
         i = indices.get(x.untyped_storage().data_ptr())
-        return keep(x) if i is None else (i, x.shape, x.stride(), x.storage_offset())
+        return KEEP.get()(x) if i is None else (i, x.shape, x.stride(), x.storage_offset())
 
     def unpack(packed):
         return packed() if callable(packed) else again()[packed[0]].as_strided(*packed[1:])

@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from context_parallel import calc_attn
-from context_parallel.native import KEEP, keep_on_device, not_saved
+from context_parallel.native import KEEP, not_saved
 
 MLP_SLICE_SIZE = 16_384  # tokens whose MLP activations exist at a time
 HOST_BLOCK_SIZE = 2**25  # bytes; PyTorch rounds page-locked memory up to a power of two
@@ -90,7 +90,7 @@ class _RecomputingForward:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, runtime_key: object) -> Tensor:
         """x: [s, h]; cos, sin: [s, hd / 2]; returns [s, h]."""
         offloaded = _Offloaded(self.host) if self.host and torch.is_grad_enabled() else None
-        keep = offloaded.keep if offloaded else keep_on_device
+        keep = offloaded.keep if offloaded else KEEP.get()
         attention = _Attention(runtime_key, keep if self.keeps_attention else None)
         half = partial(self.attention_half, self.layer, cos=cos, sin=sin, attention=attention)
         first_half = _Recomputed(self.layer.input_layernorm, half, x, keep)
@@ -123,7 +123,7 @@ class _Recomputed:
 
     def __init__(self, norm: Callable, function: Callable, x: Tensor, keep: Callable) -> None:
         """norm: x -> normed, cheap, so recomputed later still. function: x, normed -> output.
-        keep: as `keep_on_device`.
+        keep: x -> a function for backward that returns x, as KEEP.
         """
         self.norm, self.function = norm, function
         self.x, self.needs_grad = keep(x), x.requires_grad
@@ -185,7 +185,7 @@ class _Attention:
     """
 
     def __init__(self, runtime_key: object, keep: Callable | None) -> None:
-        """keep: as `keep_on_device`; forward's output and log-sum-exp, so its kernel runs once."""
+        """keep: as KEEP; for forward's output and log-sum-exp, so that its kernel runs once."""
         self.runtime_key, self.keep = runtime_key, keep
         self.out, self.edge, self.edges, self.qkv, self.ran = None, None, [], [], False
 
@@ -200,15 +200,17 @@ class _Attention:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Runs forward, in a graph of its own that does not hold q, k and v. Returns the output."""
-        again, keep = self.qkv, self.keep or keep_on_device  # not `self`: a reference cycle
+        again, keep = self.qkv, self.keep or KEEP.get()  # not `self`: a reference cycle
         qkv = [_in_storage_of_its_own(x) for x in (q, k, v)]
         with torch.enable_grad():
             qkv = _Inputs.apply(torch.empty(0, requires_grad=True), *qkv)
             self.edges = [get_gradient_edge(x) for x in qkv]
             token = KEEP.set(keep)
-            with not_saved(qkv, lambda: again):
-                out, _ = calc_attn(*qkv, self.runtime_key)
-            KEEP.reset(token)
+            try:
+                with not_saved(qkv, lambda: again):
+                    out, _ = calc_attn(*qkv, self.runtime_key)
+            finally:
+                KEEP.reset(token)
         self.out, self.edge = keep(out), get_gradient_edge(out)
         return out.detach()
 
@@ -284,7 +286,7 @@ class _Offloaded:
             self.before.store()
 
     def keep(self, x: Tensor) -> Callable[[], Tensor]:
-        """As `keep_on_device`."""
+        """Returns a function for backward that returns x."""
         x = x.detach()
         if x.nbytes < SMALLEST_OFFLOADED or not x.is_contiguous():
             return lambda: x
