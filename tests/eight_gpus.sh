@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Shows on one node of eight GPUs what two cannot, in about ten minutes:
+#
+#   bash tests/eight_gpus.sh OUTPUT                # all parts, in this order
+#   bash tests/eight_gpus.sh OUTPUT layouts kill   # some of them
+#
+#   layouts  each dp x cp, and replicas, with each backend: equal losses and gradient norms
+#   kill     a run that ends with SIGKILL resumes on another layout
+#   speed    tokens/s and memory at the largest cp, and of FSDP alone beside two GPUs
+#   large    llama-8b with rows of 131,072 tokens, beside --plan
+#
+# Environment: PROCESSES (default: the GPUs that are there). `layouts` and `kill` also run on a CPU,
+# with PROCESSES=8 or fewer. OUTPUT gets the runs' folders and results.jsonl. The exit code is 1 if
+# a comparison fails.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ -z ${1:-} ]]; then
+  echo "usage: bash tests/eight_gpus.sh OUTPUT [layouts] [kill] [speed] [large]" >&2
+  exit 2
+fi
+output=$1
+shift
+parts=("${@:-layouts kill speed large}")
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 2
+n=${PROCESSES:-$gpus}
+if ((n < 2)); then
+  echo "error: PROCESSES=$n must be at least 2; without GPUs, set it" >&2
+  exit 2
+fi
+backends=(native)
+if ((gpus)) && python -c 'import magi_attention' 2>/dev/null; then backends+=(magi_attention); fi
+mkdir -p "$output" || exit 2
+failed=0
+
+say() { echo "== $(date +%T) $*"; }
+launch() { # PROCESSES SCRIPT ARGUMENTS...
+  torchrun --standalone --nproc-per-node "$@"
+}
+
+# A model of few layers, whose checkpoint is small. Each run trains on the same eight rows per step. A
+# row has documents of unequal lengths, so that balance needs cuts through documents.
+small=(data_config.batch_size=8 data_config.seqlen=2048 train_config.compile=false
+  train_config.checkpoint_interval=0 model_config.overrides.num_hidden_layers=2
+  model_config.overrides.vocab_size=4096)
+if ((gpus)); then small+=(data_config.seqlen=32768); fi
+train() { # FOLDER CP REPLICAS BACKEND KEY=VALUE...
+  launch "$n" main.py "${small[@]}" train_config.output_dir="$output/$1" \
+    parallel_config.context_parallel_size="$2" parallel_config.data_parallel_replicate_size="$3" \
+    parallel_config.context_parallel_backend="$4" "${@:5}" >"$output/$1.log" 2>&1
+  local code=$?
+  ((code == 0)) || { say "$1 failed: see $output/$1.log"; tail -n 3 "$output/$1.log"; failed=1; }
+  return $code
+}
+compare() { # FIRST-STEP FOLDER...: each one's losses and gradient norms with the first folder's
+  (cd "$output" && python - "$@") <<'PYTHON' || failed=1
+import json
+import sys
+
+LIMITS = {"loss": 2e-3, "grad_norm": 1e-2}
+first, *folders = sys.argv[1:]
+
+
+def read(folder):
+    with open(f"{folder}/metrics.jsonl") as file:
+        records = {record["step"]: record for record in map(json.loads, file)}
+    return {step: record for step, record in records.items() if step >= int(first)}
+
+
+expected, is_wrong = read(folders[0]), False
+for folder in folders[1:]:
+    found = read(folder)
+    if found.keys() != expected.keys():
+        sys.exit(f"{folder}: steps {list(found)}, not {list(expected)}")
+    line = f"{folder:32}"
+    for key, limit in LIMITS.items():
+        error = max(abs(found[s][key] / expected[s][key] - 1) for s in expected)
+        is_wrong |= error > limit
+        line += f"  {key} {error:.1e} {'ok' if error <= limit else 'FAILED'}"
+    print(line, f"  ({len(expected)} steps, against {folders[0]})")
+sys.exit(is_wrong)
+PYTHON
+}
+
+layouts() {
+  local names=() cp
+  for backend in "${backends[@]}"; do
+    for ((cp = 1; cp <= n; cp *= 2)); do
+      name=$backend-dp$((n / cp))-cp$cp
+      train "$name" $cp 1 "$backend" train_config.train_iters=5 && names+=("$name")
+    done
+    if ((n % 4 == 0)); then
+      name=$backend-2-replicas-dp$((n / 4))-cp2
+      train "$name" 2 2 "$backend" train_config.train_iters=5 && names+=("$name")
+    fi
+  done
+  compare 1 "${names[@]}"
+}
+
+kill_and_resume() {
+  local keys=(train_config.train_iters=6 train_config.checkpoint_interval=1)
+  train whole "$n" 1 native train_config.train_iters=6 || return
+  (train killed "$n" 1 native "${keys[@]}" >/dev/null) &
+  local waited=0
+  until [[ -e $output/killed/step-00000003 ]] || ((waited++ > 300)); do sleep 1; done
+  pkill -KILL -f "output_dir=$output/killed " # the launcher and its processes
+  wait
+  say "killed with $(cd "$output/killed" && echo step-*)"
+  mv "$output/killed.log" "$output/killed-first.log"
+  train killed $((n >= 4 ? 2 : 1)) 1 native "${keys[@]}" || return
+  grep "^resume" "$output/killed.log"
+  compare 1 whole killed
+}
+
+speed() {
+  local results=(benchmark.py --results "$output/results.jsonl" --steps 3)
+  local cases=(128k-full 128k-selective 1m-documents-full 64k-stdlib)
+  for backend in "${backends[@]}"; do
+    launch "$n" "${results[@]}" "${cases[@]}" parallel_config.context_parallel_size="$n" \
+      parallel_config.context_parallel_backend="$backend" 2>&1 | grep '^| [0-9]\|rror' || failed=1
+  done
+  for processes in 2 "$n"; do # a row for each GPU
+    say "FSDP alone, $processes GPUs"
+    launch "$processes" "${results[@]}" 8k data_config.batch_size="$processes" \
+      parallel_config.context_parallel_size=1 2>&1 | grep '^| [0-9]\|rror' || failed=1
+  done
+}
+
+large() {
+  local keys=(model_config.preset=llama-8b model_config.overrides.num_hidden_layers=32
+    parallel_config.context_parallel_size="$n" parallel_config.context_parallel_backend=native)
+  for case in 128k-full 128k-selective; do
+    launch "$n" benchmark.py --results "$output/results.jsonl" --steps 2 --warmup 1 $case \
+      "${keys[@]}" 2>&1 | grep '^expected\|^| [0-9]\|rror' || failed=1
+  done
+}
+
+for part in ${parts[*]}; do
+  say "$part, $n processes, $gpus GPUs"
+  case $part in
+    layouts) layouts ;;
+    kill) kill_and_resume ;;
+    speed | large)
+      if ((gpus < n)); then
+        say "$part needs $n GPUs"
+        failed=1
+      else $part; fi
+      ;;
+    *)
+      echo "error: unknown part '$part'; choose layouts, kill, speed or large" >&2
+      exit 2
+      ;;
+  esac
+done
+say "$( ((failed)) && echo failed || echo done)"
+exit $failed
