@@ -31,7 +31,7 @@ from modeling_llama import LOSS_SLICE_SIZE
 
 from .config import CHOICES, sections
 from .metrics import PEAK_FLOPS, attention_area, training_flops
-from .recompute import MLP_SLICE_SIZE
+from .recompute import HOST_BLOCK_SIZE, MLP_SLICE_SIZE
 
 # Memory that PyTorch can use, in GiB, by the names of PEAK_FLOPS.
 MEMORY_GIB = {
@@ -301,8 +301,16 @@ def kept_bytes(settings: Settings, share: Share) -> int:
 
 def host_bytes(settings: Settings, share: Share) -> int:
     """Returns the page-locked host memory that `activation_offload` needs for each GPU."""
-    layers = settings.llama.num_hidden_layers - 1  # what the last one keeps stays on the GPU
-    return settings.offloads * layers * kept_bytes(settings, share) * share.tokens
+    if not settings.offloads:
+        return 0
+    full = replace(settings, recomputation="full")
+    log_sum_exp = 4 * settings.llama.num_attention_heads
+    sizes = [kept_bytes(full, share)]  # of a layer's tensors, for each token
+    if settings.recomputation == "selective":
+        sizes += [kept_bytes(settings, share) - sizes[0] - log_sum_exp, log_sum_exp]
+    blocks = sum(-(-size * share.tokens // HOST_BLOCK_SIZE) for size in sizes)
+    # What the last layer keeps stays on the GPU.
+    return (settings.llama.num_hidden_layers - 1) * blocks * HOST_BLOCK_SIZE
 
 
 def step_seconds(settings: Settings, shares: list[Share]) -> dict[str, float]:

@@ -281,9 +281,10 @@ class _Offloaded:
 
     def __init__(self, host: _Host) -> None:
         self.host, self.tensors, self.blocks, self.loaded = host, [], [], None
-        self.before, host.newest = host.newest(), weakref.ref(self)
-        if self.before:
-            self.before.store()
+        # Weak: with two forwards before a backward, layers would else hold those of both.
+        self.before, host.newest = host.newest, weakref.ref(self)
+        if before := self.before():
+            before.store()
 
     def keep(self, x: Tensor) -> Callable[[], Tensor]:
         """Returns a function for backward that returns x."""
@@ -302,9 +303,9 @@ class _Offloaded:
 
     def free_layer_before(self) -> None:
         """Lets the GPU's memory of the layer before be used again, when its copies are made."""
-        if self.before:
+        if before := self.before():
             torch.cuda.current_stream().wait_stream(self.host.stream)
-            self.before.tensors = [x.to("meta") for x in self.before.tensors]
+            before.tensors = [x.to("meta") for x in before.tensors]
 
     def load(self) -> None:
         """Begins to copy to the GPU."""
@@ -325,8 +326,8 @@ class _Offloaded:
 
     def get(self, index: int) -> Tensor:
         self.load()
-        if self.before:
-            self.before.load()
+        if before := self.before():
+            before.load()
         if self.loaded:
             torch.cuda.current_stream().wait_event(self.loaded)
         return self.tensors[index]

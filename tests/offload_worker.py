@@ -18,7 +18,7 @@ import torch.distributed as dist
 import main
 from llama_pretrain_config import train_config
 from support import recompute
-from support.process import end_process
+from support.process import end_process, rank
 
 STEPS = 3
 
@@ -100,10 +100,6 @@ def largest_error(some: list[dict], others: list[dict]) -> tuple[float, str]:
     return max(
         (error(x[name], y[name]), name) for x, y in zip(some, others, strict=True) for name in x
     )
-
-
-def rank() -> int:
-    return dist.get_rank()
 
 
 if __name__ == "__main__":

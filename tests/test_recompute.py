@@ -420,6 +420,18 @@ def test_offload_survives_what_a_trainer_may_do(mode, host, cp_group):
     found = gradients(model)
     for name, grad in found.items():
         assert torch.equal(grad, expected[name]), name
+
+    def count() -> int:
+        return sum(isinstance(x, recompute._Offloaded) for x in gc.get_objects())
+
+    del loss
+    before = count()
+    first, second = (run_model(model, tokens, [60], cp_group).sum() for _ in range(2))
+    first.backward()
+    del first
+    assert count() - before == CONFIG.num_hidden_layers, "the second graph holds its own layers"
+    second.backward()
+    del second
     free = len(host.free)
     gradients(model)
     assert len(host.free) == free
