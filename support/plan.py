@@ -211,7 +211,7 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     P, s, n, gathers = L * layer + head + root, share.tokens, share.keys or share.tokens, share.keys
     recomputes, is_full = settings.recomputation != "none", settings.recomputation == "full"
 
-    kept = kept_bytes(settings, share)
+    kept = sum(kept_sizes(settings, share))
 
     # The loss: logits and their gradient, beside the gradient of the slice before, and the weight's
     # gradient in float32. Without compile: also logits and exponentials in float32.
@@ -282,35 +282,29 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     }
 
 
-def kept_bytes(settings: Settings, share: Share) -> int:
-    """Returns the bytes that a layer keeps for each token, from forward to backward.
+def kept_sizes(settings: Settings, share: Share) -> list[int]:
+    """Returns the bytes for each token of what a layer keeps, from forward to backward.
 
-    They are the input, float32 log-sum-exps, and for "none" the inputs of norms and products: x,
-    normed, x, normed; q, k, v, out; gate, up, their product (without compile also silu(gate)).
+    That is the input; attention's output and float32 log-sum-exp; for "none" the inputs of norms
+    and products: x, normed, x, normed; q, k, v, out; gate, up, their product.
     """
     (h, q, kv, i), b = settings.widths, 2 if settings.dtype == "bfloat16" else 4
     log_sum_exp = 4 * settings.llama.num_attention_heads
+    if settings.recomputation == "full":
+        return [b * h]
     if settings.recomputation == "selective":
         copied = settings.kernel == "magi_attention" and share.keys  # its own copy of K and V
-        return b * (h + q + (2 * kv if copied else 0)) + log_sum_exp
-    if settings.recomputation == "none":
-        products = 3 if settings.compiled else 4
-        return b * (4 * h + 2 * q + 2 * kv + products * i) + log_sum_exp
-    return b * h
+        return [b * h, b * q, log_sum_exp, *([b * kv, b * kv] if copied else [])]
+    products = 3 if settings.compiled else 4  # without compile also silu(gate)
+    return [b * (4 * h + 2 * q + 2 * kv + products * i), log_sum_exp]
 
 
 def host_bytes(settings: Settings, share: Share) -> int:
     """Returns the page-locked host memory that `activation_offload` needs for each GPU."""
-    if not settings.offloads:
-        return 0
-    full = replace(settings, recomputation="full")
-    log_sum_exp = 4 * settings.llama.num_attention_heads
-    sizes = [kept_bytes(full, share)]  # of a layer's tensors, for each token
-    if settings.recomputation == "selective":
-        sizes += [kept_bytes(settings, share) - sizes[0] - log_sum_exp, log_sum_exp]
+    sizes = kept_sizes(settings, share)
     blocks = sum(-(-size * share.tokens // HOST_BLOCK_SIZE) for size in sizes)
-    # What the last layer keeps stays on the GPU.
-    return (settings.llama.num_hidden_layers - 1) * blocks * HOST_BLOCK_SIZE
+    layers = settings.llama.num_hidden_layers - 1  # what the last one keeps stays on the GPU
+    return settings.offloads * layers * blocks * HOST_BLOCK_SIZE
 
 
 def step_seconds(settings: Settings, shares: list[Share]) -> dict[str, float]:

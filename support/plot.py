@@ -71,13 +71,15 @@ def plot(runs: list[str], output: str) -> None:
     print(f"written: {output}")
 
 
-def last_evaluation(run: str) -> tuple[dict[int, float], dict[int, int]]:
-    """Returns the losses and the numbers of labels of a run's last evaluation, by position."""
+def last_evaluation(run: str) -> tuple[dict[int, float], dict[int, int], float]:
+    """Returns the losses and the numbers of labels of a run's last evaluation, by position, and its
+    mean loss.
+    """
     for record in reversed(read_records(run)):
         losses, labels = (record.get(f"eval_{x}_by_position", {}) for x in ("loss", "labels"))
         losses = {int(end): loss for end, loss in losses.items() if loss is not None}
         if losses:
-            return losses, {int(end): count for end, count in labels.items()}
+            return losses, {int(e): count for e, count in labels.items()}, record["eval_loss"]
     raise ValueError(
         f"{run}: its metrics.jsonl has no loss by position; a run with train_config.eval_interval "
         f"writes it, and `python main.py --evaluate` prints it for a checkpoint"
@@ -98,15 +100,14 @@ def plot_by_position(runs: list[str], output: str) -> None:
         *(2, 1), figsize=(7, 5), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
     found = [last_evaluation(run) for run in runs]
-    longest = max(max(losses) for losses, _ in found)
+    longest = max(max(losses) for losses, *_ in found)
     ends, in_frame, width = [], [], 0.8 / len(runs)
-    for i, (losses, labels) in enumerate(found):
+    for i, (losses, labels, mean) in enumerate(found):
         in_frame += [loss for end, loss in losses.items() if end * 2**10 > longest]
         places = [math.log2(end) for end in losses]
         axes.plot(places, list(losses.values()), "o-", color=f"C{i}", linewidth=1.2, markersize=4)
         places = [math.log2(end) + (i - (len(runs) - 1) / 2) * width for end in labels]
         below.bar(places, list(labels.values()), width, color=f"C{i}")
-        mean = sum(loss * labels[end] for end, loss in losses.items()) / sum(labels.values())
         axes.axhline(mean, color=f"C{i}", linestyle=":", linewidth=1.2)
         ends.append((mean, i))
     margin = 0.1 * (max(in_frame) - min(in_frame)) or 0.1

@@ -31,8 +31,8 @@ def apply_recompute(model: nn.Module, mode: str, offload: bool = False) -> None:
     and so runs its kernel once; "none" changes nothing. offload: keeps it in page-locked host
     memory, except on a CPU.
     """
-    host = _Host() if offload and torch.cuda.is_available() else None
     if mode != "none":
+        host = _Host() if offload and torch.cuda.is_available() else None
         for layer in model.model.layers:
             layer.forward = _RecomputingForward(layer, mode == "selective", host)
 

@@ -303,8 +303,8 @@ class Live(TorchDispatchMode):
 
 
 class Stream:
-    """Stands for a CUDA stream, without a GPU: copies are complete at once, and noted. On two H100s
-    `pytest -m gpu` runs the real ones, which give the same gradients bit for bit.
+    """Stands for a CUDA stream, without a GPU: copies are complete at once. On an H100 the real
+    ones gave the same gradients bit for bit (`pytest -m gpu`, below).
     """
 
     def wait_stream(self, other) -> None:
