@@ -1,9 +1,9 @@
-"""Run by torchrun: one step's gradients, by main.py's own functions, per case.
+"""Run by several ranks: one step's gradients, by main.py's own functions, per case.
 
-Arguments: a file of cases (JSON) and the output file. A case holds config overrides, and
-`ignored_from_row`: labels of the global batch's rows from there on do not count.
+Arguments: a file of cases (JSON), which hold arguments of `gradients`, and the output file.
 """
 
+import copy
 import json
 import sys
 import weakref
@@ -19,6 +19,7 @@ import modeling_llama
 from data import IGNORED_LABEL, open_source
 from support import config, metrics, process, recompute
 
+DEFAULTS = copy.deepcopy(config.sections())
 # Small enough that a rank's tokens are several slices and a rest.
 recompute.MLP_SLICE_SIZE = 1024 if torch.cuda.is_available() else 80
 modeling_llama.LOSS_SLICE_SIZE = 900 if torch.cuda.is_available() else 70
@@ -43,12 +44,17 @@ class WholeParameters(TorchDispatchMode):
 
 
 def gradients(
-    overrides: list[str], ignored_from_row: int | None, lengths: list[list[int]] | None = None
+    overrides: list[str],
+    ignored_from_row: int | None = None,
+    lengths: list[list[int]] | None = None,
 ) -> dict:
     """Returns the losses, gradient norm, label count, and weights and gradients as full tensors.
 
+    ignored_from_row: labels of the global batch's rows from there on do not count.
     lengths: of the documents, for each micro-batch of a dp rank, instead of those that it has.
     """
+    for name, section in config.sections().items():  # nothing of the case before
+        section.update(copy.deepcopy(DEFAULTS[name]))
     config.resolve(overrides, dist.get_world_size())
     if main.parallel_config["context_parallel_backend"] == "auto":
         main.parallel_config["context_parallel_backend"] = "native"

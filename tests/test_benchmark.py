@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from conftest import ROOT, open_data, torchrun
+from conftest import ROOT, open_data
+from ranks import run_ranks
 
 import benchmark
 from llama_pretrain_config import data_config, train_config
@@ -12,7 +13,7 @@ from support.config import resolve
 
 
 def test_a_case_of_one_s_own_is_measured_on_a_cpu(tmp_path):
-    torchrun(
+    run_ranks(
         2,
         ROOT / "benchmark.py",
         "model_config.preset=tiny",

@@ -400,7 +400,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(start,
     stopped.ranks[0].join()  # the other waits for torchrun to end it
     stopped.signal(signal.SIGKILL, 1)
     assert stopped.exit_codes() == [ERROR_CODE, -signal.SIGKILL]
-    assert "error: step 2: the loss is " in stopped.said
+    (said,) = [line for line in stopped.said.splitlines() if line.startswith("error: ")]
+    assert said.startswith("error: step 2: the loss is ")
+    assert "stopped before the weights changed. rank 0: " in said and "; rank 1: " in said
     path = newest(tmp_path / "run")
     assert path.endswith("step-00000001") and find_damage(path) == ""
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1]

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, gpus, relative_error, torchrun
+from ranks import run_ranks
 
 import context_parallel
 from support import preflight
@@ -43,13 +44,13 @@ def test_the_magi_attention_path_gives_the_gradients_of_native(
                 f"parallel_config.context_parallel_size={cp}",
                 f"parallel_config.context_parallel_backend={backend}",
             ],
-            "ignored_from_row": None,
         }
         for backend in ("magi_attention", "native")
     ]
-    magi, native = gradients(
-        cases, processes, tmp_path, PYTHONPATH=f"{STAND_IN}:{ROOT}:{ROOT}/tests"
-    )
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    files = tmp_path / "cases.json", tmp_path / "out.pt"
+    run_ranks(processes, GRADIENTS_WORKER, *files, import_from=STAND_IN)
+    magi, native = torch.load(files[1])
     assert magi["loss"] == pytest.approx(native["loss"], rel=1e-6)
     for name, gradient in magi["gradients"].items():
         assert relative_error(gradient, native["gradients"][name]) < 1e-5, name
@@ -80,13 +81,6 @@ def test_kernels_that_are_not_compiled_yet_are_counted(tmp_path, monkeypatch):
     assert missing() == [0, 1]
     compile(cache, "fwd_128hd_compute_bfloat16_out_float32_atomic_m128n128")
     assert missing() == [0, 0]
-
-
-def gradients(cases: list[dict], processes: int, folder, **env: str) -> list[dict]:
-    """Returns what the worker found in each case."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    torchrun(processes, GRADIENTS_WORKER, folder / "cases.json", folder / "out.pt", **env)
-    return torch.load(folder / "out.pt")
 
 
 # The library itself, on GPUs: `pytest -m gpu -rP tests/test_magi_attention.py` shows the figures.
@@ -190,12 +184,13 @@ def test_a_step_is_the_same_with_either_backend(cp, name, magi_gpus, tmp_path):
                     f"parallel_config.context_parallel_backend={backend}",
                     f"train_config.activation_checkpointing={recomputation}",
                 ],
-                "ignored_from_row": None,
             }
             for backend, recomputation in keys
         ]
-        results = gradients(cases, cp, tmp_path, CUDA_VISIBLE_DEVICES=visible)
-        return dict(zip(keys, results, strict=True))
+        (tmp_path / "cases.json").write_text(json.dumps(cases))
+        files = tmp_path / "cases.json", tmp_path / "out.pt"
+        torchrun(cp, GRADIENTS_WORKER, *files, CUDA_VISIBLE_DEVICES=visible)
+        return dict(zip(keys, torch.load(files[1]), strict=True))
 
     found = steps(cp, ("magi_attention", "native"), ("none", "selective", "full"))
     alone = found if cp == 1 else steps(1, ("native",), ("none",))

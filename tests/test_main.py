@@ -7,7 +7,8 @@ from typing import NamedTuple
 import pytest
 import reference
 import torch
-from conftest import ROOT, open_data, read_metrics, relative_error, torchrun
+from conftest import ROOT, open_data, read_metrics, relative_error
+from ranks import run_ranks
 from torch.distributed.fsdp import FSDPModule
 
 import main
@@ -103,21 +104,44 @@ def overrides(folder, cp=1, accumulation=1, variant=TIED) -> list[str]:
     ]
 
 
+class Features(NamedTuple):
+    """What changes no gradient either. Each case has cp 2, or two dp ranks for each replica."""
+
+    processes: int
+    cp: int
+    name: str  # of the variant
+    overrides: tuple[str, ...]
+
+
+REPLICAS = "parallel_config.data_parallel_replicate_size=2"
+SELECTIVE, FULL = (f"train_config.activation_checkpointing={x}" for x in ("selective", "full"))
+FEATURES = [
+    *(Features(4, cp, name, (REPLICAS,)) for cp in (2, 1) for name in ("tied", "untied")),
+    Features(2, 2, "untied", (SELECTIVE,)),
+    Features(2, 2, "untied", (FULL, "train_config.compile=true")),
+]
+
+
 @pytest.fixture(scope="module")
-def results(folder, held_out, once):
-    """{(dp, cp, accumulation or "whole", variant): what the worker found}"""
+def all_results(folder, held_out, once):
+    """{(dp, cp, accumulation or "whole", variant), or Features: what the worker found}"""
     cases = {world_size: cases_of(world_size, folder, held_out) for world_size in (1, 2, 4)}
 
     def fill(path):
         for world_size, found in cases.items():
             (path / "cases.json").write_text(json.dumps([*found.values()]))
             out = path / f"{world_size}.pt"
-            torchrun(world_size, ROOT / "tests/gradients_worker.py", path / "cases.json", out)
+            run_ranks(world_size, ROOT / "tests/gradients_worker.py", path / "cases.json", out)
 
     path, found = once("gradients", fill), {}
     for world_size, keys in cases.items():
         found |= dict(zip(keys, torch.load(path / f"{world_size}.pt"), strict=True))
     return found
+
+
+@pytest.fixture(scope="module")
+def results(all_results):
+    return {key: result for key, result in all_results.items() if not isinstance(key, Features)}
 
 
 def cases_of(world_size, folder, held_out) -> dict[tuple, dict]:
@@ -142,6 +166,10 @@ def cases_of(world_size, folder, held_out) -> dict[tuple, dict]:
             "ignored_from_row": variant.ignored_from_row,
             "lengths": lengths,
         }
+    for features in FEATURES:
+        if features.processes == world_size:
+            settings = overrides(folder, features.cp, variant=VARIANTS[features.name])
+            cases[features] = {"overrides": [*settings, *features.overrides]}
     return cases
 
 
@@ -251,47 +279,15 @@ def test_the_held_out_loss_by_position_does_not_depend_on_the_layout(
     assert mean == pytest.approx(evaluation["eval_loss"], rel=1e-6)
 
 
-def test_replicas_of_the_weights_change_no_gradient(folder, expected, tmp_path):
-    """Two replicas, each on a cp group, or on two dp ranks."""
-    cases = [(cp, name) for cp in (2, 1) for name in ("tied", "untied")]
-    settings = [overrides(folder, cp, variant=VARIANTS[name]) for cp, name in cases]
-    replicas = "parallel_config.data_parallel_replicate_size=2"
-    settings = [{"overrides": [*case, replicas], "ignored_from_row": None} for case in settings]
-    (tmp_path / "cases.json").write_text(json.dumps(settings))
-    worker = ROOT / "tests/gradients_worker.py"
-    torchrun(4, worker, tmp_path / "cases.json", tmp_path / "out.pt")
-    results = torch.load(tmp_path / "out.pt")
-    for (cp, name), result in zip(cases, results, strict=True):
-        truth = expected[VARIANTS[name]]
-        parameters = sum(weight.numel() for weight in result["weights"].values())
-        assert result["local_parameters"] == parameters / 2, (cp, name)
-        assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
-        assert result["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
-        for parameter, gradient in result["gradients"].items():
-            assert relative_error(gradient, truth["gradients"][parameter]) < 1e-5, parameter
-
-
-@pytest.mark.parametrize(
-    "cp, recomputation, compiled",
-    [(2, "selective", False), (2, "full", True)],
-)
-def test_recomputation_and_compilation_change_no_gradient(
-    cp, recomputation, compiled, folder, expected, tmp_path
-):
-    case = [
-        *overrides(folder, cp, variant=VARIANTS["untied"]),
-        f"train_config.activation_checkpointing={recomputation}",
-        f"train_config.compile={compiled}",
-    ]
-    cases = [{"overrides": case, "ignored_from_row": None}]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    worker = ROOT / "tests/gradients_worker.py"
-    torchrun(cp, worker, tmp_path / "cases.json", tmp_path / "out.pt")
-    (result,) = torch.load(tmp_path / "out.pt")
-    truth = expected[VARIANTS["untied"]]
+@pytest.mark.parametrize("features", FEATURES, ids=lambda x: f"{x.name}, {x.overrides[-1]}")
+def test_replicas_recomputation_and_compilation_change_no_gradient(features, all_results, expected):
+    result, truth = all_results[features], expected[VARIANTS[features.name]]
     assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+    assert result["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
     for name, gradient in result["gradients"].items():
         assert relative_error(gradient, truth["gradients"][name]) < 1e-5, name
+    parameters = sum(weight.numel() for weight in result["weights"].values())
+    assert result["local_parameters"] == parameters / 2, "sharded over two ranks"
 
 
 @pytest.mark.parametrize("dp, cp", WHOLE)
@@ -384,7 +380,7 @@ def test_training_steps_like_the_formulas(folder, tmp_path):
     schedule written out around the dense reference, all in float64.
     """
     steps, warmup, peak, floor, decay, max_norm = 5, 2, 1e-3, 0.1, 0.5, 0.3
-    torchrun(
+    run_ranks(
         2,
         "main.py",
         *overrides(folder, cp=1, accumulation=2),

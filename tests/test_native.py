@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import ROOT, gpus, torchrun
+from ranks import run_ranks
 
 from context_parallel.native import magi_attn_varlen_key
 
@@ -13,12 +14,12 @@ SDPA = "scaled_dot_product_attention"
 @pytest.mark.parametrize("processes, cp_sizes", [(1, [1]), (3, [3]), (4, [4])])
 def test_attention_and_its_gradients_equal_dense_attention(processes, cp_sizes):
     """Also: dispatch deals out each token once, and gathered keys are not kept for backward."""
-    torchrun(processes, WORKER, "native", "cpu", "float64", SDPA, *cp_sizes)
+    run_ranks(processes, WORKER, "native", "cpu", "float64", SDPA, *cp_sizes)
 
 
 def test_gradients_of_shared_keys_are_added_before_they_are_rounded():
     """In bfloat16: errors are at most 1.4 times those of a kernel that takes a document whole."""
-    torchrun(2, WORKER, "native", "cpu", "bfloat16", SDPA, 2)
+    run_ranks(2, WORKER, "native", "cpu", "bfloat16", SDPA, 2)
 
 
 def test_what_native_cannot_do_is_refused(cp_group):
