@@ -223,8 +223,9 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
         logits = max(logits, v * b * (before + copies * now) + 4 * v * h)
 
     # Backward of attention: recomputed q, k, v and out; gathered keys; gradients of out, q, k, v;
-    # float32 sums of the kernel, then of the exchange (`_GatherKeys.backward`).
-    again = b * s * (q + 2 * kv + (q if is_full else 0)) if recomputes else 0
+    # float32 sums of the kernel.
+    qkv = b * s * (q + 2 * kv) if recomputes else 0
+    again = qkv + b * s * q if is_full else qkv
     if kernel == "FlashAttention-4":
         calls = c.num_key_value_heads if max(s, n // 4) > MANY_TOKENS else 1
         sums = 4 * (q * s + 2 * kv * n) / calls
@@ -232,9 +233,12 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
         sums = 4 * (q * s + 2 * kv * n)
     else:  # K's and V's gradients are repeated for each query head
         sums = 4 * q * s + b * 2 * q * n
-    exchange = (4 + 2 * b) * 2 * kv * s * settings.cp_size if gathers else 0
     copied = b * 2 * kv * n if gathers else 0
-    attention = again + copied + b * (2 * q * s + 2 * kv * n) + max(sums, exchange)
+    gradients = b * (2 * q * s + 2 * kv * n)
+    attention = again + copied + gradients + sums
+    if gathers:  # then the exchange, `_GatherKeys.backward`, without out and gathered keys
+        exchange = (4 + 2 * b) * 2 * kv * s * settings.cp_size
+        attention = max(attention, qkv + gradients + exchange)
     # Then backward of the projections: gradients of q, k, v after and before RoPE, the input, which
     # was recomputed, and two gradients of it. Measured with a snapshot.
     attention = max(attention, b * s * ((q + 2 * kv) + (q + kv) + 3 * h))
