@@ -136,29 +136,33 @@ def overrides(case: Case, folder: str) -> list[str]:
     ]
 
 
+def train(output_dir: str | Path, train_iters: int, arguments: list[str]) -> None:
+    """Trains steps as main.py does, without a checkpoint. A collective; this process may go on."""
+    # One step more than are trained: the last of a run saves a checkpoint.
+    fixed = [
+        f"train_config.train_iters={train_iters + 1}",
+        f"train_config.output_dir={output_dir}",
+        "train_config.checkpoint_interval=0",
+    ]
+    sources = main.set_up([*fixed, *arguments])
+    if not dist.is_initialized():
+        main.init_env()
+    device_mesh = main.build_mesh()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    model = main.parallelize_model(main.build_llama_model(), device_mesh)
+    optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
+    main.train(model, optimizer, lr_scheduler, device_mesh, sources, train_iters)
+
+
 def measure(case: Case | None, arguments: list[str], warmup: int, steps: int) -> dict:
     """Trains `steps` steps after `warmup` others; returns what they took. A collective."""
     with tempfile.TemporaryDirectory() as folder:
-        # One step more than are trained: the last of a run saves a checkpoint.
-        train_iters = warmup + steps
-        fixed = [
-            f"train_config.train_iters={train_iters + 1}",
-            f"train_config.output_dir={folder}/run",
-            "train_config.checkpoint_interval=0",
-        ]
         if case and case.documents == RANDOM_DOCUMENTS:
             write_random_documents(Path(folder) / RANDOM_DOCUMENTS, vocab_size=128_256)
         of_case = overrides(case, folder) if case else ["data_config.source=random"]
-        sources = main.set_up([*fixed, *of_case, *arguments])
-        if not dist.is_initialized():
-            main.init_env()
-        device_mesh = main.build_mesh()
-        torch.compiler.reset()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        model = main.parallelize_model(main.build_llama_model(), device_mesh)
-        optimizer, lr_scheduler = main.build_optimizer(model, main.train_config["optimizer_config"])
-        main.train(model, optimizer, lr_scheduler, device_mesh, sources, train_iters)
+        train(f"{folder}/run", warmup + steps, [*of_case, *arguments])
         records = []
         if rank() == 0:
             with open(f"{folder}/run/metrics.jsonl") as file:

@@ -235,12 +235,12 @@ def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
     Fused AdamW reads two attributes of `GradScaler`: it divides the gradients by grad_scale, and
     changes nothing while found_inf is 1, from the first loss or norm on that is not finite.
     """
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    grad_norm = nn.utils.get_total_norm(grads).full_tensor()
+    # A CPU's float32 norm is off by 1e-4, less in smaller shards, so it depends on the layout.
+    grads = [p.grad.double() if p.is_cpu else p.grad for p in model.parameters() if p.requires_grad]
+    grad_norm = nn.utils.get_total_norm(grads).full_tensor().float()
     max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]
     optimizer.grad_scale = (grad_norm / max_norm).clamp(min=1.0)
-    is_bad = ~(loss + grad_norm).isfinite()
-    optimizer.found_inf = torch.maximum(optimizer.found_inf, is_bad.float())
+    optimizer.found_inf.logical_or_(~(loss + grad_norm).isfinite())
     return grad_norm
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows on one node of eight GPUs what two cannot, in about ten minutes:
+# Shows on one node of eight GPUs what two cannot:
 #
 #   bash tests/eight_gpus.sh OUTPUT                # all parts, in this order
 #   bash tests/eight_gpus.sh OUTPUT layouts kill   # some of them
@@ -31,6 +31,7 @@ fi
 backends=(native)
 if ((gpus)) && python -c 'import magi_attention' 2>/dev/null; then backends+=(magi_attention); fi
 mkdir -p "$output" || exit 2
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 failed=0
 
 say() { echo "== $(date +%T) $*"; }
@@ -44,72 +45,38 @@ small=(data_config.batch_size=8 data_config.seqlen=2048 train_config.compile=fal
   train_config.checkpoint_interval=0 model_config.overrides.num_hidden_layers=2
   model_config.overrides.vocab_size=4096)
 if ((gpus)); then small+=(data_config.seqlen=32768); fi
-train() { # FOLDER CP REPLICAS BACKEND KEY=VALUE...
-  launch "$n" main.py "${small[@]}" train_config.output_dir="$output/$1" \
-    parallel_config.context_parallel_size="$2" parallel_config.data_parallel_replicate_size="$3" \
-    parallel_config.context_parallel_backend="$4" "${@:5}" >"$output/$1.log" 2>&1
-  local code=$?
-  ((code == 0)) || { say "$1 failed: see $output/$1.log"; tail -n 3 "$output/$1.log"; failed=1; }
-  return $code
-}
-compare() { # FIRST-STEP FOLDER...: each one's losses and gradient norms with the first folder's
-  (cd "$output" && python - "$@") <<'PYTHON' || failed=1
-import json
-import sys
 
-LIMITS = {"loss": 2e-3, "grad_norm": 1e-2}
-first, *folders = sys.argv[1:]
-
-
-def read(folder):
-    with open(f"{folder}/metrics.jsonl") as file:
-        records = {record["step"]: record for record in map(json.loads, file)}
-    return {step: record for step, record in records.items() if step >= int(first)}
-
-
-expected, is_wrong = read(folders[0]), False
-for folder in folders[1:]:
-    found = read(folder)
-    if found.keys() != expected.keys():
-        sys.exit(f"{folder}: steps {list(found)}, not {list(expected)}")
-    line = f"{folder:32}"
-    for key, limit in LIMITS.items():
-        error = max(abs(found[s][key] / expected[s][key] - 1) for s in expected)
-        is_wrong |= error > limit
-        line += f"  {key} {error:.1e} {'ok' if error <= limit else 'FAILED'}"
-    print(line, f"  ({len(expected)} steps, against {folders[0]})")
-sys.exit(is_wrong)
-PYTHON
+run() { # NAME SCRIPT ARGUMENTS...: its output goes to OUTPUT/NAME.log
+  launch "$n" "${@:2}" >"$output/$1.log" 2>&1 && return
+  say "$1 failed: see $output/$1.log"
+  tail -n 3 "$output/$1.log"
+  failed=1
+  return 1
 }
 
 layouts() {
-  local names=() cp
-  for backend in "${backends[@]}"; do
-    for ((cp = 1; cp <= n; cp *= 2)); do
-      name=$backend-dp$((n / cp))-cp$cp
-      train "$name" $cp 1 "$backend" train_config.train_iters=5 && names+=("$name")
-    done
-    if ((n % 4 == 0)); then
-      name=$backend-2-replicas-dp$((n / 4))-cp2
-      train "$name" 2 2 "$backend" train_config.train_iters=5 && names+=("$name")
-    fi
-  done
-  compare 1 "${names[@]}"
+  rm -rf "$output/layouts"
+  run layouts tests/layouts_worker.py "$output/layouts" "$(IFS=,; echo "${backends[*]}")" \
+    "${small[@]}" && python tests/compare_runs.py "$output"/layouts/* || failed=1
 }
 
 kill_and_resume() {
-  local keys=(train_config.train_iters=6 train_config.checkpoint_interval=1)
-  train whole "$n" 1 native train_config.train_iters=6 || return
-  (train killed "$n" 1 native "${keys[@]}" >/dev/null) &
+  rm -rf "$output/whole" "$output/killed"
+  local steps=("${small[@]}" train_config.train_iters=6
+    parallel_config.context_parallel_backend=native)
+  local at_cp_n=(parallel_config.context_parallel_size="$n" train_config.output_dir="$output")
+  run whole main.py "${steps[@]}" "${at_cp_n[@]}/whole" || return
+  steps+=(train_config.checkpoint_interval=1)
+  run killed-first main.py "${steps[@]}" "${at_cp_n[@]}/killed" >/dev/null &
   local waited=0
   until [[ -e $output/killed/step-00000003 ]] || ((waited++ > 300)); do sleep 1; done
-  pkill -KILL -f "output_dir=$output/killed " # the launcher and its processes
+  pkill -KILL -f "output_dir=$output/killed$" # the launcher and its processes
   wait
   say "killed with $(cd "$output/killed" && echo step-*)"
-  mv "$output/killed.log" "$output/killed-first.log"
-  train killed $((n >= 4 ? 2 : 1)) 1 native "${keys[@]}" || return
+  run killed main.py "${steps[@]}" parallel_config.context_parallel_size=$((n >= 4 ? 2 : 1)) \
+    train_config.output_dir="$output/killed" || return
   grep "^resume" "$output/killed.log"
-  compare 1 whole killed
+  python tests/compare_runs.py "$output/whole" "$output/killed" || failed=1
 }
 
 speed() {

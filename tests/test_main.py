@@ -9,7 +9,7 @@ import reference
 import torch
 from conftest import ROOT, open_data, read_metrics, relative_error
 from ranks import run_ranks
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import main
 from checkpoint.weights import init_weights
@@ -375,6 +375,18 @@ def test_adamw_decays_matrices_alone_and_steps_like_the_formula():
         assert relative_error(param, after) < 1e-6, name
 
 
+def test_the_gradient_norm_is_exact_for_large_matrices(cp_group):
+    """torch's float32 norm of so many numbers is off by 9e-5 on a CPU, and by less in a shard."""
+    model = torch.nn.Linear(2048, 2048, bias=False)
+    fully_shard(model)
+    model.weight.grad = torch.randn_like(model.weight)
+    optimizer, _ = main.build_optimizer(model, main.train_config["optimizer_config"])
+    norm = main.clip_gradients(model, optimizer, torch.tensor(1.0))
+    assert norm.dtype == torch.float32
+    exact = model.weight.grad.full_tensor().double().norm().item()
+    assert norm.item() == pytest.approx(exact, rel=1e-6)
+
+
 def test_training_steps_like_the_formulas(folder, tmp_path):
     """Five steps at dp 2 x cp 1 and accumulation 2, by main.py, against AdamW, clipping and the
     schedule written out around the dense reference, all in float64.
@@ -415,7 +427,7 @@ def test_training_steps_like_the_formulas(folder, tmp_path):
         assert record["step"] == step
         assert record["lr"] == pytest.approx(rate, rel=1e-12)
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
-        assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-5)
         with torch.no_grad():
             for name, weight in weights.items():
                 gradient = gradients[name] * (max_norm / norm)

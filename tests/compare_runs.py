@@ -1,0 +1,33 @@
+"""Compares losses and gradient norms of runs with those of the first one: for eight_gpus.sh.
+
+    python tests/compare_runs.py FOLDER FOLDER...
+
+The exit code is 1 if the relative error of a step is above a limit.
+"""
+
+import sys
+from pathlib import Path
+
+from conftest import read_metrics
+
+LIMITS = {"loss": 2e-3, "grad_norm": 1e-2}  # in bfloat16, where the order of additions differs
+
+
+def main(first: str, *others: str) -> bool:
+    """Prints a line for each other folder; returns whether all agree."""
+    expected, agree = {record["step"]: record for record in read_metrics(first)}, True
+    for folder in others:
+        found = {record["step"]: record for record in read_metrics(folder)}
+        if found.keys() != expected.keys():
+            sys.exit(f"{folder}: steps {[*found]}, not {[*expected]}")
+        line = f"{Path(folder).name:32}"
+        for key, limit in LIMITS.items():
+            error = max(abs(found[step][key] / expected[step][key] - 1) for step in expected)
+            agree &= error <= limit
+            line += f"  {key} {error:.1e} {'ok' if error <= limit else 'FAILED'}"
+        print(f"{line}  ({len(expected)} steps, against {Path(first).name})")
+    return agree
+
+
+if __name__ == "__main__":
+    sys.exit(not main(*sys.argv[1:]))
