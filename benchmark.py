@@ -32,7 +32,7 @@ from torch import Tensor
 
 import main
 from context_parallel import calc_attn, kernels, load_api, native, select_backend
-from support import config, metrics, report
+from support import config, machine, metrics, report
 from support.process import end_process, exit_with, rank
 
 BACKEND = "parallel_config.context_parallel_backend="
@@ -182,7 +182,7 @@ def measure(case: Case | None, arguments: list[str], warmup: int, steps: int) ->
         "plan_ms": statistics.median(record["plan_ms"] for record in records),
         "loss": records[-1]["loss"],
         "world_size": dist.get_world_size(),
-        "machine": metrics.describe_machine(),
+        "machine": machine.describe_machine(),
         "config": copy.deepcopy(config.sections()),
     }
 
@@ -214,7 +214,7 @@ def measure_kernels(write: Callable[[dict], None]) -> None:
                 tflops = sorted(work / seconds / 1e12 for seconds in times)
                 result[f"{name}_tflops"] = statistics.median(tflops)
                 result[f"{name}_tflops_range"] = [tflops[0], tflops[-1]]
-            write({**result, "machine": metrics.describe_machine()})
+            write({**result, "machine": machine.describe_machine()})
 
 
 def attentions(cu_seqlens: Tensor, causal: bool, head_dim: int) -> dict[str, Callable]:

@@ -1,4 +1,4 @@
-"""The log of a run, `metrics.jsonl`, TensorBoard, Weights & Biases, and FLOPs.
+"""The log of a run, `metrics.jsonl`, TensorBoard, Weights & Biases, evaluation, and FLOPs.
 
     python -m support.metrics RUN [RUN ...] --output loss.png
 
@@ -11,13 +11,7 @@ import json
 import math
 import operator
 import os
-import platform
-import re
-import resource
 import shlex
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,44 +27,11 @@ from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
 
 from . import stop, wandb_run
+from .machine import GPUS, gpu_model, now, peak_memory_gib, seconds_between
 from .process import Watchdog, rank
 from .stop import log
 
-# Dense bf16 FLOP/s by words of `torch.cuda.get_device_name()`, NVIDIA's data sheets; first match.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-}
-
-
 NO_LABELS = "n/a (no label counts)"
-
-
-@functools.cache
-def describe_machine() -> dict[str, str]:
-    """Returns versions, hardware and commit."""
-    cuda = torch.cuda.is_available()
-    commit = ""
-    if shutil.which("git"):
-        here = os.path.dirname(os.path.abspath(__file__))
-        command = ["git", "-C", here, "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": (
-            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-            if cuda
-            else f"CPU with {os.cpu_count()} cores"
-        ),
-        "cuda": str(torch.version.cuda) if cuda else "none",
-        "commit": commit or "unknown",
-    }
 
 
 def attention_area(cu_seqlens: torch.Tensor, causal: bool) -> float:
@@ -116,21 +77,6 @@ def sums_by_position(
     return torch.where(bucket == buckets[:, None], values[:, None], 0.0).sum(dim=-1)
 
 
-def peak_flops() -> float | None:
-    """Returns the dense bf16 FLOP/s of this rank's GPU, None where it is not known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    matches = (flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name))
-    return next(matches, None)
-
-
-def peak_memory_gib() -> float:
-    """Returns this process's peak of allocated GPU memory, or on a CPU of resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def check_finite(step: "Step", model: nn.Module, run_again: Callable[[], Tensor]) -> None:
     """Raises FloatingPointError if loss or grad_norm is not finite, with each rank's part in it.
 
@@ -154,20 +100,6 @@ def check_finite(step: "Step", model: nn.Module, run_again: Callable[[], Tensor]
         f"stopped before the weights changed. "
         + "; ".join(f"rank {r}: {state}" for r, state in enumerate(states))
     )
-
-
-def now() -> torch.cuda.Event | float:
-    """Returns the time: on a GPU an event behind all queued kernels, else the clock."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    """Returns the seconds between two times of `now`; the events are complete."""
-    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
 
 
 class Step:
@@ -282,7 +214,7 @@ class MetricsWriter:
         self.start = step.end if eval_sums is None else now()  # no step includes an evaluation
         flops = training_flops(self.llama_config, self.tokens_per_step, step.batch.area)
         flops_per_gpu = flops / self.world_size / step_seconds
-        peak = peak_flops()
+        gpu = gpu_model()
         record = {
             "step": step.number,
             "loss": step.loss if step.batch.num_labels else None,
@@ -292,7 +224,7 @@ class MetricsWriter:
             "step_ms": step_seconds * 1e3,
             "tokens_per_s": self.tokens_per_step / step_seconds,
             "tflops_per_gpu": flops_per_gpu / 1e12,
-            "mfu": flops_per_gpu / peak if peak else None,
+            "mfu": flops_per_gpu / GPUS[gpu].peak_flops if gpu else None,
             "peak_memory_gib": peak_memory_gib(),
             "plan_ms": step.batch.plan_seconds * 1e3,
             "data_ms": step.batch.data_seconds * 1e3,

@@ -30,19 +30,10 @@ from data import Source
 from modeling_llama import LOSS_SLICE_SIZE
 
 from .config import CHOICES, sections
-from .metrics import PEAK_FLOPS, attention_area, training_flops
+from .machine import GPUS, gpu_model
+from .metrics import attention_area, training_flops
 from .recompute import HOST_BLOCK_SIZE, MLP_SLICE_SIZE
 
-# Memory that PyTorch can use, in GiB, by the names of PEAK_FLOPS.
-MEMORY_GIB = {
-    "H100 PCIe": 79.2,
-    "H100 NVL": 93.1,
-    "H100": 79.2,
-    "H200 NVL": 139.8,
-    "H200": 139.8,
-    "B200": 178.4,
-    "A100": 79.2,
-}
 ALLOCATOR_GIB = 0.07  # cuBLAS workspaces and rounding: the measured rest
 BESIDE_GIB = 2.0  # CUDA's context and NCCL's buffers, outside of PyTorch's allocator; assumed
 MARGIN = 1.05  # the estimate's error, and gaps between the allocator's blocks
@@ -73,7 +64,7 @@ class Settings:
     """What an estimate depends on, besides documents."""
 
     llama: LlamaConfig
-    gpu: str  # of MEMORY_GIB
+    gpu: str  # of GPUS
     kernel: str  # of attention
     world_size: int
     cp_size: int
@@ -148,7 +139,7 @@ class Estimate(NamedTuple):
         return sum(self.moments[self.moment].values())
 
     def fits(self, gpu: str) -> str:
-        free = MEMORY_GIB[gpu] - BESIDE_GIB
+        free = GPUS[gpu].memory_gib - BESIDE_GIB
         return "yes" if self.peak * MARGIN <= free else "barely" if self.peak <= free else "no"
 
     def __str__(self) -> str:
@@ -175,11 +166,11 @@ def estimate(settings: Settings, lengths: Callable[[int], list[int]]) -> Estimat
     steps.sort(key=lambda step: sum(step[0].values()))
     parts, area = steps[len(steps) // 2]
     seconds, moments = sum(parts.values()), memory(settings, largest)
-    host = host_bytes(settings, largest) / 2**30
+    host = host_bytes(settings, largest.tokens, bool(largest.keys)) / 2**30
     if not parts:
         return Estimate(host, moments, {}, 0.0, 0.0)
     flops = training_flops(settings.llama, tokens, area) / settings.world_size
-    mfu = flops / seconds / PEAK_FLOPS[settings.gpu]
+    mfu = flops / seconds / GPUS[settings.gpu].peak_flops
     return Estimate(host, moments, parts, tokens / seconds, mfu)
 
 
@@ -211,7 +202,7 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     P, s, n, gathers = L * layer + head + root, share.tokens, share.keys or share.tokens, share.keys
     recomputes, is_full = settings.recomputation != "none", settings.recomputation == "full"
 
-    kept = sum(kept_sizes(settings, share))
+    kept = sum(kept_sizes(settings, bool(gathers)))
 
     # The loss: logits and their gradient, beside the gradient of the slice before, and the weight's
     # gradient in float32. Without compile: also logits and exponentials in float32.
@@ -286,7 +277,7 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     }
 
 
-def kept_sizes(settings: Settings, share: Share) -> list[int]:
+def kept_sizes(settings: Settings, gathers: bool) -> list[int]:
     """Returns the bytes for each token of what a layer keeps, from forward to backward.
 
     That is the input; attention's output and float32 log-sum-exp; for "none" the inputs of norms
@@ -297,16 +288,18 @@ def kept_sizes(settings: Settings, share: Share) -> list[int]:
     if settings.recomputation == "full":
         return [b * h]
     if settings.recomputation == "selective":
-        copied = settings.kernel == "magi_attention" and share.keys  # its own copy of K and V
+        copied = settings.kernel == "magi_attention" and gathers  # its own copy of K and V
         return [b * h, b * q, log_sum_exp, *([b * kv, b * kv] if copied else [])]
     products = 3 if settings.compiled else 4  # without compile also silu(gate)
     return [b * (4 * h + 2 * q + 2 * kv + products * i), log_sum_exp]
 
 
-def host_bytes(settings: Settings, share: Share) -> int:
-    """Returns the page-locked host memory that `activation_offload` needs for each GPU."""
-    sizes = kept_sizes(settings, share)
-    blocks = sum(-(-size * share.tokens // HOST_BLOCK_SIZE) for size in sizes)
+def host_bytes(settings: Settings, tokens: int, gathers: bool) -> int:
+    """Returns the page-locked host memory that `activation_offload` needs for each GPU. tokens: of
+    a micro-batch, on one rank. gathers: whether a document may be cut.
+    """
+    sizes = kept_sizes(settings, gathers)
+    blocks = sum(-(-size * tokens // HOST_BLOCK_SIZE) for size in sizes)
     layers = settings.llama.num_hidden_layers - 1  # what the last one keeps stays on the GPU
     return settings.offloads * layers * blocks * HOST_BLOCK_SIZE
 
@@ -366,8 +359,7 @@ def row_lengths(source: Source, seqlen: int) -> Callable[[int], list[int]]:
 
 def log_expected(llama: LlamaConfig, source: Source, log: Callable[[str], None]) -> None:
     """Logs what a run on this machine's GPUs is expected to need and do; nothing on a CPU."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    gpu = next((gpu for gpu in MEMORY_GIB if re.search(rf"\b{gpu}\b", name)), None)
+    gpu = gpu_model()
     if gpu is None or os.environ["RANK"] != "0":
         return
     config = sections()
@@ -384,8 +376,8 @@ def parse(arguments: list[str]) -> tuple[int, str, list[str]]:
     given = {"world_size": "8", "gpu": "H100"}
     rest = [x for x in arguments if not x.startswith(("world_size=", "gpu="))]
     given |= dict(x.split("=", 1) for x in arguments if x not in rest)
-    if given["gpu"] not in MEMORY_GIB:
-        raise ValueError(f"gpu={given['gpu']!r} must be one of {', '.join(MEMORY_GIB)}")
+    if given["gpu"] not in GPUS:
+        raise ValueError(f"gpu={given['gpu']!r} must be one of {', '.join(GPUS)}")
     if not re.fullmatch("[1-9][0-9]{0,5}", given["world_size"]):
         raise ValueError(f"world_size={given['world_size']!r} must be an integer from 1 to 999999")
     return int(given["world_size"]), given["gpu"], rest
@@ -452,7 +444,7 @@ def report(settings: Settings, lengths: Callable[[int], list[int]]) -> str:
         f"GiB on each GPU at the peak of a step, which is {asked.moment}:",
         *(f"{size:8.2f}  {part}" for part, size in asked.moments[asked.moment].items()),
         f"{asked.peak:8.2f}  together, and {BESIDE_GIB:g} for CUDA and NCCL, of "
-        f"{MEMORY_GIB[gpu]}: {answer[asked.fits(gpu)]}",
+        f"{GPUS[gpu].memory_gib}: {answer[asked.fits(gpu)]}",
         f"other moments: {others}",
         *([f"host memory: {asked.host:.1f} GiB for each GPU"] if settings.offloads else []),
         "",

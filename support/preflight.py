@@ -4,12 +4,10 @@ import fnmatch
 import glob
 import importlib
 import os
-import re
 import shutil
 import sys
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,8 @@ from llama_pretrain_config import data_config, model_config, parallel_config, tr
 from modeling_llama import LlamaForCausalLM
 
 from . import config as run_settings
-from . import metrics, plan, wandb_run
+from . import plan, wandb_run
+from .machine import describe_machine, free_host_memory
 from .process import lock_output_dir, rank, restarts
 from .stop import log
 
@@ -168,9 +167,8 @@ def check_host_memory() -> list[str]:
     config = run_settings.sections()
     settings = plan.Settings.of(config, build_llama_config(), "", backend, world_size)
     tokens = settings.batch_size * settings.seqlen // settings.accumulation // world_size
-    share = plan.Share(tokens, 0, tokens if settings.cp_size > 1 else 0, 0)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = processes * plan.host_bytes(settings, share) / 2**30
+    needed = processes * plan.host_bytes(settings, tokens, gathers=settings.cp_size > 1) / 2**30
     free = free_host_memory() / 2**30
     if needed > free:
         raise ValueError(
@@ -179,24 +177,6 @@ def check_host_memory() -> list[str]:
             f"lower data_config.seqlen or batch_size, or set activation_offload=false"
         )
     return [f"activation_offload: {needed:.1f} of {free:.1f} GiB of free host memory"]
-
-
-def free_host_memory(root: str = "/") -> int:
-    """Returns the bytes that processes can still take, of the machine and of a container."""
-    meminfo = Path(root, "proc/meminfo").read_text()
-    free = [1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo)[1])]
-    limits = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    for folder, names in zip(("sys/fs/cgroup", "sys/fs/cgroup/memory"), limits, strict=True):
-        try:
-            limit, used = (Path(root, folder, name).read_text() for name in names)
-            statistics = Path(root, folder, "memory.stat").read_text()
-        except OSError:  # the other version of cgroups, or no container
-            continue
-        if limit.strip() != "max":
-            # Files that were read count as used, but give way.
-            cached = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
-            free.append(int(limit) - int(used) + max(map(int, cached), default=0))
-    return min(free)
 
 
 def check_init_from(evaluates: bool = False) -> None:
@@ -242,7 +222,7 @@ def run_config(sources: Sources) -> dict[str, Any]:
             name: source.corpus.fingerprint if isinstance(source, TokenSource) else "random"
             for name, source in sources.items()
         },
-        "machine": metrics.describe_machine(),
+        "machine": describe_machine(),
     }
 
 
@@ -265,7 +245,7 @@ def log_run(sources: Sources, notes: list[str]) -> None:
     """Logs what a result depends on. notes: lines of `set_up`."""
     config = build_llama_config()
     world_size, cp_size = int(os.environ["WORLD_SIZE"]), parallel_config["context_parallel_size"]
-    log(f"machine: {', '.join(f'{k} {v}' for k, v in metrics.describe_machine().items())}")
+    log(f"machine: {', '.join(f'{k} {v}' for k, v in describe_machine().items())}")
     replicas = parallel_config["data_parallel_replicate_size"]
     sharded = f"; {replicas} replicas of the weights" if replicas > 1 else ""
     log(f"mesh: dp {world_size // cp_size} x cp {cp_size}, {world_size} processes{sharded}")

@@ -28,7 +28,6 @@ from support.metrics import (
     attention_area,
     format_step,
     log_evaluation,
-    peak_flops,
     sums_by_position,
     training_flops,
 )
@@ -407,23 +406,6 @@ def test_a_branch_begins_with_its_own_steps_and_an_earlier_run_is_kept(tmp_path,
     write_run(tmp_path, 9, first_iter=8, loss=1.0)
     assert steps_and_losses(tmp_path) == [(7, 1.5), (8, 1.5), (9, 1.0)]
     assert "warning" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "name, peak",
-    [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA GB200", None),
-    ],
-)
-def test_mfu_is_given_for_known_gpus_alone(name, peak, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert peak_flops() == peak
 
 
 def test_the_log_says_where_tensorboard_s_events_are(tmp_path, capsys, monkeypatch):

@@ -386,43 +386,6 @@ def test_too_little_host_memory_is_one_sentence(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
-    "folder, files, free",
-    [
-        ("none", {}, 1024),
-        ("", {"memory.max": "max", "memory.current": "5", "memory.stat": ""}, 1024),
-        ("", {"memory.max": "900", "memory.current": "500", "memory.stat": "file 7"}, 400),
-        (
-            "",
-            {
-                "memory.max": "900",
-                "memory.current": "500",
-                "memory.stat": "inactive_anon 7\ninactive_file 100\n",
-            },
-            500,
-        ),
-        (
-            "memory",
-            {
-                "memory.limit_in_bytes": "900",
-                "memory.usage_in_bytes": "500",
-                "memory.stat": "total_inactive_file 30\n",
-            },
-            430,
-        ),
-    ],
-)
-def test_free_host_memory_is_the_container_s_too(folder, files, free, tmp_path):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemFree:  9 kB\nMemAvailable:       1 kB\n")
-    cgroup = tmp_path / "sys/fs/cgroup" / folder
-    cgroup.mkdir(parents=True)
-    for name, text in files.items():
-        (cgroup / name).write_text(text)
-    assert preflight.free_host_memory(str(tmp_path)) == free
-    assert preflight.free_host_memory() > 2**20
-
-
 def test_unequal_documents_count_as_the_slowest_rank_has_them():
     """dp 2: one row is a document, the other one's documents are short."""
     settings = settings_of(
