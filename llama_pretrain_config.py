@@ -1,4 +1,4 @@
-"""The model, the data and the training. Edit a value here, or override it on the command line:
+"""The model, the data and the training. Edit llama_pretrain_config.py, or override its values:
 
     torchrun --nproc-per-node 8 main.py data_config.seqlen=4096 train_config.seed=1
 
@@ -26,7 +26,7 @@ data_config = dict(
 )
 
 model_config = dict(
-    preset="llama-1b" if ON_GPU else "tiny",  # or llama-3b, llama-8b: see configuration_llama.py
+    preset="llama-1b" if ON_GPU else "tiny",  # or tiny, llama-1b, llama-3b, llama-8b
     init_from="",  # a Hugging Face folder: its weights and its config.json, instead of the preset
     check_tokenizer=True,  # refuse data with other tokens than those of init_from
     overrides={},  # fields that replace the preset's, such as {"num_hidden_layers": 2}
@@ -35,8 +35,8 @@ model_config = dict(
 train_config = dict(
     train_iters=1000 if ON_GPU else 150,  # steps in the whole run
     gradient_accumulation_steps=1,  # micro-batches per step; a rank splits its rows
-    dtype="bfloat16" if ON_GPU else "float32",  # compute type; weights and optimizer are float32
-    activation_checkpointing="full" if ON_GPU else "none",  # or `selective`: keeps attention
+    dtype="bfloat16" if ON_GPU else "float32",  # compute dtype; weights and optimizer are float32
+    activation_checkpointing="full" if ON_GPU else "none",  # none, selective or full
     activation_offload=False,  # move what recomputing layers keep to host memory
     compile=ON_GPU,  # torch.compile; the first step takes longer
     eval_interval=0,  # steps between evaluations, with one after the last step; 0: none

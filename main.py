@@ -232,10 +232,10 @@ def loss_func(token_losses: Tensor, num_labels: float, device_mesh: DeviceMesh) 
 def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """Makes `optimizer.step()` clip, without a device sync; returns the gradient norm, a scalar.
 
-    Fused AdamW reads two attributes of `GradScaler`: it divides the gradients by grad_scale, and
-    changes nothing while found_inf is 1, from the first loss or norm on that is not finite.
+    Fused AdamW reads two attributes of `GradScaler`. It divides the gradients by grad_scale. It
+    skips the step if found_inf is 1, which the first loss or norm that is not finite makes it.
     """
-    # A CPU's float32 norm is off by 1e-4, less in smaller shards, so it depends on the layout.
+    # float64: the error of a CPU's float32 norm, up to 1e-4, depends on the size of the shards.
     grads = [p.grad.double() if p.is_cpu else p.grad for p in model.parameters() if p.requires_grad]
     grad_norm = nn.utils.get_total_norm(grads).full_tensor().float()
     max_norm = train_config["optimizer_config"]["max_clip_grad_norm"]

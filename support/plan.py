@@ -123,7 +123,7 @@ class Share(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    host: float  # GiB of page-locked host memory for each GPU
+    host: float  # GiB of pinned host memory for each GPU
     moments: dict[str, dict[str, float]]  # GiB on each GPU by part, at each moment
     seconds: dict[str, float]  # of a step, by part; empty where rates are not measured
     tokens_per_s: float
@@ -295,7 +295,7 @@ def kept_sizes(settings: Settings, gathers: bool) -> list[int]:
 
 
 def host_bytes(settings: Settings, tokens: int, gathers: bool) -> int:
-    """Returns the page-locked host memory that `activation_offload` needs for each GPU. tokens: of
+    """Returns the pinned host memory that `activation_offload` needs for each GPU. tokens: of
     a micro-batch, on one rank. gathers: whether a document may be cut.
     """
     sizes = kept_sizes(settings, gathers)

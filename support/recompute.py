@@ -20,7 +20,7 @@ from context_parallel import calc_attn
 from context_parallel.native import KEEP, not_saved
 
 MLP_SLICE_SIZE = 16_384  # tokens whose MLP activations exist at a time
-HOST_BLOCK_SIZE = 2**25  # bytes; PyTorch rounds page-locked memory up to a power of two
+HOST_BLOCK_SIZE = 2**25  # bytes; PyTorch rounds pinned memory up to a power of two
 SMALLEST_OFFLOADED = 2**20  # bytes; a smaller tensor would leave most of a block empty
 
 
@@ -28,7 +28,7 @@ def apply_recompute(model: nn.Module, mode: str, offload: bool = False) -> None:
     """Makes each decoder layer keep little from forward to backward, and compute the rest again.
 
     mode: "full" keeps a layer's input, [s, h]; "selective" also attention's output and log-sum-exp,
-    and so runs its kernel once; "none" changes nothing. offload: keeps it in page-locked host
+    so that attention's kernel runs once; "none" changes nothing. offload: keeps it in pinned host
     memory, except on a CPU.
     """
     if mode != "none":
@@ -75,7 +75,7 @@ class _RecomputingForward:
     """A decoder layer's forward, as two halves.
 
     Backward needs the output of the attention half for the MLP, and then all of that half. The MLP
-    half goes slice by slice: its activations are 12 times as large as its input.
+    half goes slice by slice: its activations are 12 times as large as its input in llama-1b.
     """
 
     def __init__(self, layer: nn.Module, keeps_attention: bool, host: "_Host | None") -> None:
@@ -122,7 +122,7 @@ class _Recomputed:
     """
 
     def __init__(self, norm: Callable, function: Callable, x: Tensor, keep: Callable) -> None:
-        """norm: x -> normed, cheap, so recomputed later still. function: x, normed -> output.
+        """norm: x -> normed; it is cheap, so it runs a third time. function: x, normed -> output.
         keep: x -> a function for backward that returns x, as KEEP.
         """
         self.norm, self.function = norm, function
@@ -281,7 +281,7 @@ class _Offloaded:
 
     def __init__(self, host: _Host) -> None:
         self.host, self.tensors, self.blocks, self.loaded = host, [], [], None
-        # Weak: with two forwards before a backward, layers would else hold those of both.
+        # Weak: a strong reference would keep the tensors of two forwards, if both come first.
         self.before, host.newest = host.newest, weakref.ref(self)
         if before := self.before():
             before.store()

@@ -1,6 +1,6 @@
 """Compares losses and gradient norms of runs with those of the first one: for eight_gpus.sh.
 
-    python tests/compare_runs.py FOLDER FOLDER...
+    PYTHONPATH=. python tests/compare_runs.py FOLDER FOLDER...
 
 The exit code is 1 if the relative error of a step is above a limit.
 """

@@ -6,21 +6,19 @@
 #
 #   layouts  each dp x cp, and replicas, with each backend: equal losses and gradient norms
 #   kill     a run that ends with SIGKILL resumes on another layout
-#   speed    tokens/s and memory at the largest cp, and of FSDP alone beside two GPUs
+#   speed    tokens/s and memory at the largest cp, and of FSDP without cp, on two GPUs and on all
 #   large    llama-8b with rows of 131,072 tokens, beside --plan
 #
-# Environment: PROCESSES (default: the GPUs that are there). `layouts` and `kill` also run on a CPU,
-# with PROCESSES=8 or fewer. OUTPUT gets the runs' folders and results.jsonl. The exit code is 1 if
-# a comparison fails.
+# It needs requirements-dev.txt. Environment: PROCESSES (default: the GPUs that are there). `layouts`
+# and `kill` also run on a CPU, with PROCESSES=2, 4 or 8. OUTPUT gets the runs' folders and results.jsonl. The exit code is 1 if a comparison fails.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
 if [[ -z ${1:-} ]]; then
   echo "usage: bash tests/eight_gpus.sh OUTPUT [layouts] [kill] [speed] [large]" >&2
   exit 2
 fi
-output=$1
+output=$(realpath -m "$1")
 shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 parts=("${@:-layouts kill speed large}")
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 2
 n=${PROCESSES:-$gpus}

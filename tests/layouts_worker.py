@@ -1,5 +1,6 @@
 """Trains the same five steps in each layout, after one start of the processes: for eight_gpus.sh.
 
+    export PYTHONPATH=.
     torchrun --nproc-per-node 8 tests/layouts_worker.py OUTPUT native,magi_attention KEY=VALUE...
 
 writes OUTPUT/BACKEND-cpN/metrics.jsonl for each N, and OUTPUT/BACKEND-2-replicas-cp2.

@@ -82,8 +82,8 @@ class Ranks:
             process.join()
 
     def finish(self) -> str:
-        """Waits for all; returns their output. The first that fails ends the others, as torchrun
-        does, and the test.
+        """Waits for all; returns their output. If one fails, the others are killed, and the test
+        fails.
         """
         while alive := [process.sentinel for process in self.ranks if process.is_alive()]:
             if self.output in connection.wait([self.output, *alive]):
