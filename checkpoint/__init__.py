@@ -252,8 +252,12 @@ def _next_row(saved: dict[str, Any], config: dict[str, Any], step: int) -> int:
 
 
 def _differences(saved: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields the keys that both have with different values. rope_scaling counts as a whole, since
+    its optional keys change the model.
+    """
     for key in [key for key in saved if key in new and saved[key] != new[key]]:
-        if isinstance(saved[key], dict) and isinstance(new[key], dict):
+        are_dicts = isinstance(saved[key], dict) and isinstance(new[key], dict)
+        if are_dicts and key != "rope_scaling":
             yield from _differences(saved[key], new[key], f"{prefix}{key}.")
         else:
             yield prefix + key, saved[key], new[key]
@@ -319,7 +323,8 @@ class Checkpointer:
         for key, saved, new in changes:
             self.log(f"resume: {key} {saved!r} -> {new!r}")
         step, train_iters = manifest["step"], self.train_config["train_iters"]
-        changed = [key for key, *_ in changes if not key.startswith((*PLACE, *CORPORA))]
+        free = *PLACE, *CORPORA, "parallel_config."
+        changed = [key for key, *_ in changes if not key.startswith(free)]
         if step == train_iters and changed:
             raise CheckpointError(
                 f"{path} has all {train_iters} steps, so a change of {', '.join(changed)} "

@@ -19,4 +19,6 @@ if __name__ == "__main__":
         _, failure = error.get_first_failure()
         if failure.exitcode != ERROR_CODE:
             raise
+        if failure.local_rank > 0:  # `exit_with` prints that of the node's first rank
+            print(failure.message["message"], file=sys.stderr)
         sys.exit(ERROR_CODE)

@@ -1,6 +1,6 @@
 """Less memory and less time for a plain model: recomputation, offload, and torch.compile.
 
-All are applied from outside, before FSDP, and change no value:
+All are applied from outside, before FSDP, and change no value but bfloat16's rounding:
 
     apply_recompute(model, "selective", offload=True)
     apply_compile(model)

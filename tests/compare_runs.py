@@ -5,23 +5,29 @@
 The exit code is 1 if the relative error of a step is above a limit.
 """
 
+import json
 import sys
 from pathlib import Path
 
 from conftest import read_metrics
 
-LIMITS = {"loss": 2e-3, "grad_norm": 1e-2}  # in bfloat16, where the order of additions differs
+LIMITS = {
+    "float32": {"loss": 1e-5, "grad_norm": 1e-5},
+    "bfloat16": {"loss": 2e-3, "grad_norm": 1e-2},  # the order of additions differs
+}
 
 
 def main(first: str, *others: str) -> bool:
     """Prints a line for each other folder; returns whether all agree."""
     expected, agree = {record["step"]: record for record in read_metrics(first)}, True
+    config = json.loads(Path(first, "config.json").read_text())
+    limits = LIMITS[config["train_config"]["dtype"]]
     for folder in others:
         found = {record["step"]: record for record in read_metrics(folder)}
         if found.keys() != expected.keys():
             sys.exit(f"{folder}: steps {[*found]}, not {[*expected]}")
         line = f"{Path(folder).name:32}"
-        for key, limit in LIMITS.items():
+        for key, limit in limits.items():
             error = max(abs(found[step][key] / expected[step][key] - 1) for step in expected)
             agree &= error <= limit
             line += f"  {key} {error:.1e} {'ok' if error <= limit else 'FAILED'}"

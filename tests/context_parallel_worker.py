@@ -1,4 +1,4 @@
-"""Run by torchrun: a backend's attention and dispatch against dense attention in float64.
+"""Run on several ranks: a backend's attention and dispatch against dense attention in float64.
 
 Arguments: the backend, the device type, the dtype that the backend computes in, how the name of
 `native`'s kernel begins, and the cp sizes. In float64 and float32 the backend has to be exact. In
@@ -162,8 +162,6 @@ def main() -> None:
             case([256] * 8, chunk_size=1024)  # no document is cut
             if device_type == "cuda" and backend == "native":
                 case([4200, 9001, 5, 300, 9701], chunk_size=4096)
-    dist.barrier()  # no rank ends while another's threads still wait for it
-    dist.destroy_process_group()
     process.end_process()
 
 

@@ -22,8 +22,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 parts=("${@:-layouts kill speed large}")
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 2
 n=${PROCESSES:-$gpus}
-if ((n < 2)); then
-  echo "error: PROCESSES=$n must be at least 2; without GPUs, set it" >&2
+if [[ ! $n =~ ^(2|4|8)$ ]]; then
+  echo "error: PROCESSES=$n must be 2, 4 or 8; it is the number of GPUs unless it is set" >&2
   exit 2
 fi
 backends=(native)
@@ -64,10 +64,9 @@ kill_and_resume() {
     parallel_config.context_parallel_backend=native)
   local at_cp_n=(parallel_config.context_parallel_size="$n" train_config.output_dir="$output")
   run whole main.py "${steps[@]}" "${at_cp_n[@]}/whole" || return
-  steps+=(train_config.checkpoint_interval=1)
+  steps+=(train_config.checkpoint_interval=1 train_config.keep_last=0)
   run killed-first main.py "${steps[@]}" "${at_cp_n[@]}/killed" >/dev/null &
-  local waited=0
-  until [[ -e $output/killed/step-00000003 ]] || ((waited++ > 300)); do sleep 1; done
+  until [[ -e $output/killed/step-00000003 ]] || ! kill -0 $!; do sleep 0.1; done
   pkill -KILL -f "output_dir=$output/killed$" # the launcher and its processes
   wait
   say "killed with $(cd "$output/killed" && echo step-*)"

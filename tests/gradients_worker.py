@@ -1,4 +1,4 @@
-"""Run by several ranks: one step's gradients, by main.py's own functions, per case.
+"""Run on several ranks: one step's gradients, by main.py's own functions, per case.
 
 Arguments: a file of cases (JSON), which hold arguments of `gradients`, and the output file.
 """
@@ -11,7 +11,6 @@ import weakref
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
@@ -91,7 +90,8 @@ def gradients(
         main.loss_func(token_losses, batch.num_labels, mesh).backward()
         loss += token_losses.detach().double().sum() / batch.num_labels
     dist.all_reduce(loss)
-    grad_norm = clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
+    optimizer, _ = main.build_optimizer(model, main.train_config["optimizer_config"])
+    grad_norm = main.clip_gradients(model, optimizer, loss)
     evaluation = {}
     if main.data_config["validation_source"]:
         held_out = open_source("validation", model.config.vocab_size, 2, **main.data_config)
@@ -117,6 +117,4 @@ if __name__ == "__main__":
     results = [gradients(**case) for case in cases]
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[2])
-    dist.barrier()
-    dist.destroy_process_group()
     process.end_process()

@@ -436,6 +436,22 @@ def test_a_change_that_is_not_allowed_names_the_key_and_both_values(key, value, 
     assert newest(undisturbed[1]) in str(error.value)
 
 
+def test_an_optional_key_of_rope_scaling_may_not_be_added(forged_run):
+    """It changes the model, although the checkpoint does not have it."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    manifest = read_manifest(newest(forged_run))
+    manifest["config"]["llama_config"]["rope_scaling"] = yarn
+    manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+    (Path(newest(forged_run)) / "manifest.json").write_text(json.dumps(manifest))
+    config = config_of(forged_run)
+    config["train_config"]["output_dir"] = str(forged_run)
+    config["llama_config"]["rope_scaling"] = dict(yarn)
+    checkpoint.check_resume(config)
+    config["llama_config"]["rope_scaling"]["attention_factor"] = 2.0
+    with pytest.raises(CheckpointError, match="llama_config.rope_scaling=.*attention_factor"):
+        checkpoint.check_resume(config)
+
+
 def write_corpus(path: Path, kind: str, text: bytes) -> Path:
     """Writes `text` as one kind of corpus; returns its data_config.source."""
     tokens = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
@@ -531,6 +547,9 @@ def test_never_refuses_a_folder_with_a_run_and_auto_reports_a_finished_run(start
     keys = "train_config.checkpoint_interval, train_config.optimizer_config.learning_rate"
     assert f"has all 12 steps, so a change of {keys} would train nothing" in changed.said
     assert f"an output_dir other than {str(output_dir)!r}" in changed.said
+    layout = start(output_dir=output_dir, every=4, processes=2, cp=2)
+    assert layout.exit_codes() == [0, 0], layout.said
+    assert "step 12 of 12; all its steps are done" in layout.said
     assert files() == before
 
 

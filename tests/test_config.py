@@ -145,28 +145,32 @@ def test_clipping_can_be_switched_off():
     assert optimizer_config["max_clip_grad_norm"] == float("inf")
 
 
-def readme_commands() -> list[list[str]]:
-    """The overrides of every command of the README and its pages that starts main.py or run.sh."""
+def readme_commands() -> list[tuple[int, list[str]]]:
+    """The world size, 8 or fewer that `--plan` is given, and the overrides of every command of the
+    README and its pages that starts main.py or run.sh.
+    """
     commands = []
     pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     for block in re.findall(r"```bash\n(.*?)```", pages, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if "main.py" in line or "run.sh" in line:
                 words = shlex.split(line, comments=True)
-                commands.append([word for word in words if "_config." in word])
+                sizes = [int(w.split("=")[1]) for w in words if w.startswith("world_size=")]
+                overrides = [word for word in words if "_config." in word]
+                commands.append((min([8, *sizes]), overrides))
     return commands
 
 
-@pytest.mark.parametrize("overrides", readme_commands())
-def test_the_commands_of_the_readme_suit_eight_gpus(overrides):
-    resolve(overrides, world_size=8)
+@pytest.mark.parametrize("world_size, overrides", readme_commands())
+def test_the_commands_of_the_readme_suit_eight_gpus(world_size, overrides):
+    resolve(overrides, world_size)
     model_config = llama_pretrain_config.model_config
     LlamaConfig.from_preset(model_config["preset"], model_config["overrides"])
 
 
 def test_the_readme_has_commands():
     assert len(readme_commands()) >= 5
-    assert sum(len(overrides) for overrides in readme_commands()) >= 8
+    assert sum(len(overrides) for _, overrides in readme_commands()) >= 8
 
 
 def test_on_one_process_cp_becomes_1_and_says_so():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -207,6 +208,23 @@ def test_an_error_is_said_once_by_rank_0_and_ends_every_process():
         "error: unknown key 'data_config.seqln'; the nearest is 'data_config.seqlen'; see --help\n"
     )
     assert result.stdout == ""
+
+
+def test_run_sh_says_an_error_that_only_another_rank_has(tmp_path):
+    """Such as a file that one rank cannot read. The rank waits for the first one, here briefly."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from support import process\n"
+        "process.time.sleep = lambda seconds: None\n"
+        "if os.environ['LOCAL_RANK'] == '1':\n"
+        "    process.exit_with(ValueError('no such file here'))\n"
+        "signal.pause()  # until torchrun ends it\n"
+    )
+    launch = [sys.executable, "-m", "support.launch", "--standalone", "--nproc-per-node=2", script]
+    result = run(*launch, check=False)
+    assert result.returncode == ERROR_CODE
+    assert result.stderr == "error: no such file here\n"
 
 
 def test_under_torchrun_the_report_ends_with_the_error():
