@@ -23,7 +23,7 @@ MAGI_ATTENTION_ENVIRONMENT = {
 def select_backend(requested: str, head_dim: int, dtype: str, device: str) -> tuple[str, list[str]]:
     """Returns "magi_attention" or "native", and lines for the log: the choice and its reasons.
 
-    requested: one of these, or "auto". dtype: the compute type, "bfloat16" or "float32". device:
+    requested: one of these, or "auto". dtype: the compute dtype, "bfloat16" or "float32". device:
     "cuda" or "cpu". Raises ValueError if the requested backend cannot run, or none can.
     """
     reasons = []

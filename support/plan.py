@@ -8,7 +8,7 @@ docs/plan.md has the result.
 
 Shapes in comments: `s` local tokens of a micro-batch, `S` = s x cp, `n` rows of K and V that
 `native` copies, `h` hidden, `q` = heads x head_dim, `kv` = key/value heads x head_dim,
-`i` intermediate, `v` vocabulary, `b` bytes of the compute type, `L` layers, `P` parameters,
+`i` intermediate, `v` vocabulary, `b` bytes of the compute dtype, `L` layers, `P` parameters,
 `W` GPUs that share one copy of the weights.
 """
 
