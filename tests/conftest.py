@@ -1,10 +1,13 @@
 """What several test files use: a process group of one, torchrun, and comparing tensors."""
 
+import contextlib
 import copy
 import fcntl
 import importlib.metadata
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +162,15 @@ def run(*command: str, check: bool = True, **env: str) -> subprocess.CompletedPr
 def torchrun(processes: int, *command, check=True, **env: str) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return run(*launcher, f"--nproc-per-node={processes}", *command, check=check, **env)
+
+
+def free_port() -> int:
+    """Returns a port on which nothing listens, below those that the system gives to others."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def gpus(count: int) -> str:

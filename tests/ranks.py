@@ -5,12 +5,11 @@ saves seconds for each.
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 from collections.abc import Callable
 from multiprocessing import connection
 
-from conftest import ROOT, environment
+from conftest import ROOT, environment, free_port
 
 os.environ |= {"PYTHONPATH": environment()["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
 context = multiprocessing.get_context("forkserver")
@@ -38,9 +37,7 @@ class Ranks:
 
     def __init__(self, processes: int, function: Callable, *args, absent: int = 0) -> None:
         """absent: ranks that are not started."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.said, (self.output, output) = "", context.Pipe(duplex=False)
         self.ranks = [
             context.Process(

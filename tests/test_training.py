@@ -4,7 +4,6 @@ import gzip
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import transformers
-from conftest import ROOT, environment, read_metrics, run, torchrun
+from conftest import ROOT, environment, free_port, read_metrics, run, torchrun
 from ranks import run_ranks
 
 from support.process import ERROR_CODE
@@ -91,9 +90,7 @@ def test_run_sh_on_three_processes_trains_the_same(one_process, tmp_path):
 
 def test_two_nodes_with_a_replica_of_the_weights_each_train_the_same_as_one(one_process, tmp_path):
     """Two run.sh on this machine; the second is told so by a scheduler's names."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     nodes = [
         {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
         {"WORLD_SIZE": "2", "RANK": "1"},
