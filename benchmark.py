@@ -36,6 +36,7 @@ from support import config, machine, metrics, report
 from support.process import end_process, exit_with, rank
 
 BACKEND = "parallel_config.context_parallel_backend="
+IN_FILE = copy.deepcopy(config.sections())
 WARMUP_STEPS = 2  # compilation, FSDP's and NCCL's first time
 
 
@@ -76,8 +77,6 @@ CASES = {
     "1m-full-offload": Case(1_048_576, 0, "full", 1, offload=True),
     "1m-selective": Case(1_048_576, 0, "selective", 1),
 }
-
-
 LARGE = "128k", "1m-selective", "2m-documents-full"  # which need more than 80 GB
 
 
@@ -140,7 +139,11 @@ def overrides(case: Case, folder: str) -> list[str]:
 
 
 def train(output_dir: str | Path, train_iters: int, arguments: list[str]) -> None:
-    """Trains steps as main.py does, without a checkpoint. A collective; this process may go on."""
+    """Trains steps as main.py does, without a checkpoint. A collective.
+
+    arguments: changes of llama_pretrain_config.py, whatever this process has trained before.
+    """
+    config.restore(IN_FILE)
     # One step more than are trained: the last of a run saves a checkpoint.
     fixed = [
         f"train_config.train_iters={train_iters + 1}",
@@ -295,10 +298,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"unknown case {name!r}; choose from {', '.join(CASES)}, or KEY=VALUE")
     if not options.arguments:
         names = [name for name in CASES if name not in LARGE]
-    before = copy.deepcopy(config.sections())
     for name in names or ["custom"]:
-        for section, values in config.sections().items():
-            values.update(copy.deepcopy(before[section]))
         case = CASES.get(name)
         steps = options.steps or (case.steps if case else 10)
         result = measure(case, changes, options.warmup, steps)

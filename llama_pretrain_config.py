@@ -26,7 +26,7 @@ data_config = dict(
 )
 
 model_config = dict(
-    preset="llama-1b" if ON_GPU else "tiny",  # or tiny, llama-1b, llama-3b, llama-8b
+    preset="llama-1b" if ON_GPU else "tiny",  # tiny, llama-1b, llama-3b or llama-8b
     init_from="",  # a Hugging Face folder: its weights and its config.json, instead of the preset
     check_tokenizer=True,  # refuse data with other tokens than those of init_from
     overrides={},  # fields that replace the preset's, such as {"num_hidden_layers": 2}

@@ -1,6 +1,7 @@
 """The config: overrides from the command line, checks, and the text of `--help`."""
 
 import ast
+import copy
 import difflib
 import inspect
 import json
@@ -105,6 +106,13 @@ def sections() -> dict[str, dict[str, Any]]:
         train_config=train_config,
         parallel_config=parallel_config,
     )
+
+
+def restore(saved: dict[str, dict[str, Any]]) -> None:
+    """Writes a deep copy of `sections`, made before, back into the dicts."""
+    for name, section in sections().items():
+        section.clear()
+        section.update(copy.deepcopy(saved[name]))
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,5 +20,7 @@ if __name__ == "__main__":
         if failure.exitcode != ERROR_CODE:
             raise
         if failure.local_rank > 0:  # `exit_with` prints that of the node's first rank
+            if isinstance(failure.message, str):  # it could not write its sentence into a file
+                raise
             print(failure.message["message"], file=sys.stderr)
         sys.exit(ERROR_CODE)

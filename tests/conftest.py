@@ -26,7 +26,7 @@ from configuration_llama import LlamaConfig
 from context_parallel.native import magi_attn_varlen_key
 from data import RandomSource, TokenSource, open_source
 from data.corpus import open_corpus
-from support.config import sections
+from support.config import restore, sections
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = LlamaConfig(
@@ -50,9 +50,7 @@ def config(monkeypatch):
         monkeypatch.setenv(name, value)
     before = copy.deepcopy(sections())
     yield
-    for name, section in sections().items():
-        section.clear()
-        section.update(before[name])
+    restore(before)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,10 @@
 #   large    llama-8b with rows of 131,072 tokens, beside --plan
 #
 # It needs requirements-dev.txt. Environment: PROCESSES (default: the GPUs that are there). `layouts`
-# and `kill` also run on a CPU, with PROCESSES=2, 4 or 8. OUTPUT gets the runs' folders and results.jsonl. The exit code is 1 if a comparison fails.
+# and `kill` also run on a CPU, with PROCESSES=2, 4 or 8. OUTPUT gets the runs' folders and
+# results.jsonl. The exit code is 1 if a comparison fails.
 set -uo pipefail
+
 if [[ -z ${1:-} ]]; then
   echo "usage: bash tests/eight_gpus.sh OUTPUT [layouts] [kill] [speed] [large]" >&2
   exit 2

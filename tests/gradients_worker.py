@@ -52,8 +52,7 @@ def gradients(
     ignored_from_row: labels of the global batch's rows from there on do not count.
     lengths: of the documents, for each micro-batch of a dp rank, instead of those that it has.
     """
-    for name, section in config.sections().items():  # nothing of the case before
-        section.update(copy.deepcopy(DEFAULTS[name]))
+    config.restore(DEFAULTS)  # nothing of the case before
     config.resolve(overrides, dist.get_world_size())
     if main.parallel_config["context_parallel_backend"] == "auto":
         main.parallel_config["context_parallel_backend"] = "native"

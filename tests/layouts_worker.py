@@ -6,27 +6,24 @@
 writes OUTPUT/BACKEND-cpN/metrics.jsonl for each N, and OUTPUT/BACKEND-2-replicas-cp2.
 """
 
-import copy
 import os
 import sys
 from pathlib import Path
 
 import benchmark
-from support import config, process
+from support import process
 
 STEPS = 5
 
 
 def main() -> None:
     output, backends, *arguments = sys.argv[1:]
-    processes, defaults = int(os.environ["WORLD_SIZE"]), copy.deepcopy(config.sections())
+    processes = int(os.environ["WORLD_SIZE"])
     layouts = {f"cp{2**k}": (2**k, 1) for k in range(processes.bit_length())}
     if processes % 4 == 0:
         layouts["2-replicas-cp2"] = 2, 2
     for backend in backends.split(","):
         for name, (cp_size, replicas) in layouts.items():
-            for section, values in config.sections().items():
-                values.update(copy.deepcopy(defaults[section]))
             of_layout = [
                 f"parallel_config.context_parallel_backend={backend}",
                 f"parallel_config.context_parallel_size={cp_size}",

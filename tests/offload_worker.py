@@ -104,5 +104,4 @@ def largest_error(some: list[dict], others: list[dict]) -> tuple[float, str]:
 
 if __name__ == "__main__":
     compare(*sys.argv[1:])
-    dist.destroy_process_group()
     end_process()

@@ -48,6 +48,12 @@ def newest(output_dir) -> str:
     return checkpoints(str(output_dir))[0]
 
 
+def write_manifest(path, manifest: dict) -> None:
+    """Writes a changed manifest into a checkpoint, with the checksum that fits."""
+    manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+    Path(path, "manifest.json").write_text(json.dumps(manifest))
+
+
 def config_of(output_dir) -> dict:
     """Returns the config that the run saved."""
     return json.loads((output_dir / "config.json").read_text())
@@ -441,8 +447,7 @@ def test_an_optional_key_of_rope_scaling_may_not_be_added(forged_run):
     yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
     manifest = read_manifest(newest(forged_run))
     manifest["config"]["llama_config"]["rope_scaling"] = yarn
-    manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-    (Path(newest(forged_run)) / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(newest(forged_run), manifest)
     config = config_of(forged_run)
     config["train_config"]["output_dir"] = str(forged_run)
     config["llama_config"]["rope_scaling"] = dict(yarn)
@@ -498,8 +503,7 @@ def test_a_checkpoint_without_fingerprints_resumes_by_the_path_of_its_corpus(
     del manifest["config"]["fingerprints"]
     manifest["config"]["data_config"]["source"] = "~/corpus"
     manifest["config"]["data"] = "~/corpus, 3 documents"
-    manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-    (Path(newest(forged_run)) / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(newest(forged_run), manifest)
     resumed = config_of(forged_run)
     resumed["train_config"]["output_dir"] = str(forged_run)
     resumed["data_config"]["source"] = "/home/me/corpus"
@@ -858,8 +862,7 @@ def forge(path: Path, name: str, content: bytes) -> None:
     (path / name).write_bytes(content)
     manifest = read_manifest(str(path))
     manifest["files"][name] = [len(content), zlib.crc32(content)]
-    manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
     assert find_damage(str(path)) == ""
 
 

@@ -47,10 +47,7 @@ def test_the_magi_attention_path_gives_the_gradients_of_native(
         }
         for backend in ("magi_attention", "native")
     ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    files = tmp_path / "cases.json", tmp_path / "out.pt"
-    run_ranks(processes, GRADIENTS_WORKER, *files, import_from=STAND_IN)
-    magi, native = torch.load(files[1])
+    magi, native = gradients(cases, tmp_path, run_ranks, processes, import_from=STAND_IN)
     assert magi["loss"] == pytest.approx(native["loss"], rel=1e-6)
     for name, gradient in magi["gradients"].items():
         assert relative_error(gradient, native["gradients"][name]) < 1e-5, name
@@ -81,6 +78,13 @@ def test_kernels_that_are_not_compiled_yet_are_counted(tmp_path, monkeypatch):
     assert missing() == [0, 1]
     compile(cache, "fwd_128hd_compute_bfloat16_out_float32_atomic_m128n128")
     assert missing() == [0, 0]
+
+
+def gradients(cases: list[dict], folder, launch, processes: int, **options) -> list[dict]:
+    """Returns what the worker found in each case. launch: run_ranks or torchrun."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launch(processes, GRADIENTS_WORKER, folder / "cases.json", folder / "out.pt", **options)
+    return torch.load(folder / "out.pt")
 
 
 # The library itself, on GPUs: `pytest -m gpu -rP tests/test_magi_attention.py` shows the figures.
@@ -187,10 +191,8 @@ def test_a_step_is_the_same_with_either_backend(cp, name, magi_gpus, tmp_path):
             }
             for backend, recomputation in keys
         ]
-        (tmp_path / "cases.json").write_text(json.dumps(cases))
-        files = tmp_path / "cases.json", tmp_path / "out.pt"
-        torchrun(cp, GRADIENTS_WORKER, *files, CUDA_VISIBLE_DEVICES=visible)
-        return dict(zip(keys, torch.load(files[1]), strict=True))
+        results = gradients(cases, tmp_path, torchrun, cp, CUDA_VISIBLE_DEVICES=visible)
+        return dict(zip(keys, results, strict=True))
 
     found = steps(cp, ("magi_attention", "native"), ("none", "selective", "full"))
     alone = found if cp == 1 else steps(1, ("native",), ("none",))
