@@ -1,13 +1,13 @@
 """Checkpoints: save, and resume on any layout.
 
-format.py writes, checks and reads the files of a checkpoint. __main__.py has the commands.
+resume.py finds the checkpoint that a run begins with. format.py writes, checks and reads the files
+of a checkpoint. __main__.py has the commands.
 """
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -26,93 +26,22 @@ from .format import (
     CheckpointError,
     Reader,
     Writer,
-    checkpoints,
     find_damage,
     read_manifest,
     remove_leftovers,
     remove_partial,
 )
-
-# Keys, or their beginnings, that may not change on resume. All others may.
-FIXED = ("data", "data_config.", "llama_config.", "train_config.seed")
-# Except these, if a checkpoint has the fingerprints of its corpora: the files may have moved.
-CORPORA = ("data", "data_config.source", "data_config.validation_source")
-# Keys of a run's place and its log. They do not change its training.
-PLACE = (
-    "machine.",
-    "tokenizer.",
-    "train_config.output_dir",
-    "train_config.resume",
-    "train_config.continue_from",
-    "train_config.log_interval",
-    "train_config.wandb_project",
-    "model_config.init_from",
+from .resume import (
+    CORPORA,
+    PLACE,
+    check_model,
+    config_changes,
+    differences,
+    find,
+    find_weights,
+    next_row,
 )
-# Fields of the model that a new stage may change: no weight depends on them.
-FREE_FIELDS = (
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rms_norm_eps",
-    "initializer_range",
-    "is_causal",
-)
-
-
-def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
-    """Returns the checkpoints that a run may load, the newest first, and whether it resumes them.
-
-    There are none if the run starts anew. It does not resume checkpoints of
-    `train_config.continue_from`: a new run begins with their weights and optimizer state.
-
-    config: the run's. restarts: the number of restarts by torchrun; a restarted run ignores
-    `resume` if it has checkpoints of its own.
-    Raises CheckpointError if the run would lose or mix up files in output_dir.
-    """
-    train_config = config["train_config"]
-    resume, output_dir = train_config["resume"], train_config["output_dir"]
-    continue_from, own = train_config["continue_from"], checkpoints(output_dir)
-    if continue_from:
-        if resume not in ("auto", "never"):
-            raise CheckpointError(
-                f"train_config.resume={resume!r} and continue_from={continue_from!r} exclude each "
-                f"other: the first resumes a run, the second begins a new one; give one"
-            )
-        path = os.path.realpath(continue_from)
-        if os.path.realpath(output_dir) in (path, os.path.dirname(path)):
-            raise CheckpointError(
-                f"train_config.continue_from={continue_from!r} lies in train_config.output_dir, "
-                f"but begins a new run; give another output_dir"
-            )
-    if own and (resume == "auto" or restarts):
-        return own, True
-    if resume == "never":
-        if not restarts and (own or os.path.exists(os.path.join(output_dir, "metrics.jsonl"))):
-            raise CheckpointError(
-                f"train_config.resume='never', but train_config.output_dir={output_dir!r} holds a "
-                f"run; give another output_dir, remove this one, or set resume='auto'"
-            )
-    if resume in ("auto", "never"):
-        found = checkpoints(continue_from) if continue_from else []
-        if continue_from and not found:
-            raise CheckpointError(
-                f"train_config.continue_from={continue_from!r} holds no checkpoint; give the "
-                f"output_dir of a run, or one step-... folder in it"
-            )
-        return found, False
-    found = checkpoints(resume)
-    if not found:
-        raise CheckpointError(
-            f"train_config.resume={resume!r} holds no checkpoint; it must be 'auto', 'never', the "
-            f"output_dir of a run, or one step-... folder in it (looked in "
-            f"{os.path.abspath(resume)})"
-        )
-    if own and not os.path.samefile(own[0], found[0]):
-        raise CheckpointError(
-            f"train_config.resume={resume!r}, but the newest checkpoint in train_config.output_dir "
-            f"is {own[0]}; give another output_dir, or set resume='auto' to resume from it"
-        )
-    return found, True
+from .resume import check_resume as check_resume
 
 
 def _first_complete(
@@ -138,19 +67,6 @@ def _first_complete(
     return ""
 
 
-def find_weights(config: dict[str, Any]) -> list[str]:
-    """Returns the checkpoints that `--evaluate` may load, the newest first: of `resume`, if it is
-    a path, or of output_dir, or of `continue_from`.
-    """
-    train_config = config["train_config"]
-    if train_config["resume"] not in ("auto", "never"):
-        if found := checkpoints(train_config["resume"]):
-            return found
-        raise CheckpointError(f"train_config.resume={train_config['resume']!r} holds no checkpoint")
-    source = train_config["continue_from"]
-    return checkpoints(train_config["output_dir"]) or (checkpoints(source) if source else [])
-
-
 def load_model(model: nn.Module, config: dict[str, Any], log: Callable[[str], None]) -> None:
     """Fills a sharded model from the newest complete checkpoint of `find_weights`, if any.
 
@@ -162,110 +78,16 @@ def load_model(model: nn.Module, config: dict[str, Any], log: Callable[[str], No
     path = _first_complete(found[0], log)
     if path:
         saved = read_manifest(path)["config"]
-        _check_model(path, {"config": saved}, config)
+        check_model(path, {"config": saved}, config)
         Reader(path).load({"model": weights.model_state(model)})
-        differences = _differences(
+        changes = differences(
             {key: saved[key] for key in ("llama_config", "data_config")},
             json.loads(json.dumps(config)),
         )
-        for key, old, new in differences:
+        for key, old, new in changes:
             if key.startswith(("llama_config.", "data_config.validation_fraction")):
                 log(f"warning: {key} is {new!r}, but {path} was trained with {old!r}")
     log(f"weights: {path or config['model_config']['init_from']}")
-
-
-def check_resume(config: dict[str, Any], restarts: int = 0) -> None:
-    """Raises CheckpointError if a run with this config cannot resume, or cannot continue from its
-    `continue_from`. It reads only manifests.
-    """
-    paths, resumes = find(config, restarts)
-    for path in paths:
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError:
-            continue  # `Checkpointer.resume` warns of it
-        (_config_changes if resumes else _check_model)(path, manifest, config)
-        return
-
-
-def _config_changes(
-    path: str, manifest: dict[str, Any], config: dict[str, Any]
-) -> list[tuple[str, Any, Any]]:
-    """Returns (key, saved value, new value) of each key that differs from the checkpoint's config.
-
-    Keys that only one of the two has come from another version and are ignored.
-    Raises CheckpointError for a key that may not change.
-    """
-    changes = list(_differences(manifest["config"], json.loads(json.dumps(config))))
-    has_fingerprints = "fingerprints" in manifest["config"]
-    for key, saved, new in changes:
-        if key.startswith("fingerprints."):
-            source = "source" if key == "fingerprints.train" else "validation_source"
-            raise CheckpointError(
-                f"data_config.{source}={config['data_config'][source]!r} does not hold the "
-                f"documents of {path}; restore them, or give another train_config.output_dir"
-            )
-        may_differ = key in CORPORA and (has_fingerprints or os.path.expanduser(saved) == new)
-        if key.startswith(FIXED) and not may_differ:
-            raise CheckpointError(
-                f"{key}={new!r}, but {path} was trained with {saved!r}, and a run may not change "
-                f"this key; set it back, or give another train_config.output_dir"
-            )
-    if manifest["step"] > config["train_config"]["train_iters"]:
-        raise CheckpointError(
-            f"train_config.train_iters={config['train_config']['train_iters']}, but {path} has "
-            f"more steps; raise train_iters, or give another train_config.output_dir"
-        )
-    return changes
-
-
-def _check_model(path: str, manifest: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raises CheckpointError if the checkpoint's weights do not fit the config's model."""
-    saved, new = manifest["config"]["llama_config"], config["llama_config"]
-    for key, value, wanted in _differences(saved, new):
-        if key.partition(".")[0] not in FREE_FIELDS:
-            raise CheckpointError(
-                f"llama_config.{key}={wanted!r}, but {path} was trained with {value!r}; set "
-                f"model_config to the checkpoint's, or give another checkpoint"
-            )
-    names = [c.get("tokenizer", {}).get("sha256") for c in (manifest["config"], config)]
-    if all(names) and names[0] != names[1] and config["model_config"]["check_tokenizer"]:
-        name = "bytes" if names[0] == "bytes" else f"{os.path.dirname(path)}/tokenizer"
-        raise CheckpointError(
-            f"{path} was trained on a corpus of another tokenizer; prepare this one with "
-            f"--tokenizer {name}, or set model_config.check_tokenizer=false"
-        )
-
-
-def _next_row(saved: dict[str, Any], config: dict[str, Any], step: int) -> int:
-    """Returns the row of the data with which a run begins that continues from `step` of another.
-
-    saved, config: of the other run, and of this one. With the same documents, seed and seqlen,
-    the rows continue, so that none is trained on twice. Otherwise the first row is 0.
-    """
-    same = saved.get("fingerprints", {}).get("train") == config["fingerprints"]["train"] and all(
-        saved["data_config"].get(key) == config["data_config"][key]
-        for key in ("random_document_length", "validation_fraction", "seqlen", "seed")
-    )
-    batch_size = saved["data_config"]["batch_size"]
-    return saved.get("first_row", 0) + step * batch_size if same else 0
-
-
-def _differences(saved: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields the keys that both have with different values. rope_scaling counts as a whole, since
-    its optional keys change the model.
-    """
-    for key in [key for key in saved if key in new and saved[key] != new[key]]:
-        are_dicts = isinstance(saved[key], dict) and isinstance(new[key], dict)
-        if are_dicts and key != "rope_scaling":
-            yield from _differences(saved[key], new[key], f"{prefix}{key}.")
-        else:
-            yield prefix + key, saved[key], new[key]
-
-
-# ---------------------------------------------------------------------------------------------
-# A run's checkpoints
-# ---------------------------------------------------------------------------------------------
 
 
 class Checkpointer:
@@ -319,7 +141,7 @@ class Checkpointer:
         if not resumes:
             self._continue(path, manifest)
             return 0
-        changes = _config_changes(path, manifest, self.config)
+        changes = config_changes(path, manifest, self.config)
         for key, saved, new in changes:
             self.log(f"resume: {key} {saved!r} -> {new!r}")
         step, train_iters = manifest["step"], self.train_config["train_iters"]
@@ -340,11 +162,11 @@ class Checkpointer:
 
     def _continue(self, path: str, manifest: dict[str, Any]) -> None:
         """Begins a new run with the weights and the optimizer state of another one."""
-        _check_model(path, manifest, self.config)
+        check_model(path, manifest, self.config)
         self._load(path, manifest)
         saved, step = manifest["config"], manifest["step"]
-        self.config["first_row"] = first_row = _next_row(saved, self.config, step)
-        for key, old, new in _differences(saved, json.loads(json.dumps(self.config))):
+        self.config["first_row"] = first_row = next_row(saved, self.config, step)
+        for key, old, new in differences(saved, json.loads(json.dumps(self.config))):
             if not key.startswith((*PLACE, "first_row")):
                 self.log(f"continue: {key} {old!r} -> {new!r}")
         rows = f"row {first_row:,} of the same data" if first_row else "the first row of the data"
@@ -463,28 +285,3 @@ class Checkpointer:
         schedule |= {"base_lrs": self.lr_scheduler.base_lrs, "last_epoch": manifest["step"] - 1}
         self.lr_scheduler.load_state_dict(schedule)
         self.lr_scheduler.step()
-
-
-# ---------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------
-
-
-def newest_complete(path: str) -> str:
-    """Returns the newest complete checkpoint at `path`; warns of damaged ones."""
-    if not (found := checkpoints(path)):
-        where = os.path.abspath(path)
-        problem = f"holds no complete checkpoint (looked in {where})"
-        if not os.path.lexists(path):
-            problem = f"does not exist (looked for {where})"
-        raise CheckpointError(
-            f"{path!r} {problem}; give a run's output_dir, or one step-... folder in it"
-        )
-    for checkpoint in found:
-        problem = find_damage(checkpoint)
-        if not problem:
-            return checkpoint
-        print(f"warning: {checkpoint} is damaged and skipped: {problem}", file=sys.stderr)
-    raise CheckpointError(
-        f"{path!r} holds no complete checkpoint; give a run's output_dir, or one step-... folder"
-    )

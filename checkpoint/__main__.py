@@ -19,8 +19,28 @@ import torch
 
 from configuration_llama import LlamaConfig
 
-from . import newest_complete, tokenizer, weights
-from .format import Reader, read_manifest
+from . import tokenizer, weights
+from .format import CheckpointError, Reader, checkpoints, find_damage, read_manifest
+
+
+def newest_complete(path: str) -> str:
+    """Returns the newest complete checkpoint at `path`; warns of damaged ones."""
+    if not (found := checkpoints(path)):
+        where = os.path.abspath(path)
+        problem = f"holds no complete checkpoint (looked in {where})"
+        if not os.path.lexists(path):
+            problem = f"does not exist (looked for {where})"
+        raise CheckpointError(
+            f"{path!r} {problem}; give a run's output_dir, or one step-... folder in it"
+        )
+    for checkpoint in found:
+        problem = find_damage(checkpoint)
+        if not problem:
+            return checkpoint
+        print(f"warning: {checkpoint} is damaged and skipped: {problem}", file=sys.stderr)
+    raise CheckpointError(
+        f"{path!r} holds no complete checkpoint; give a run's output_dir, or one step-... folder"
+    )
 
 
 def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:

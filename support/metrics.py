@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, checkpoints, tokenizer
+from checkpoint import CheckpointError, tokenizer
+from checkpoint.format import checkpoints
 from configuration_llama import LlamaConfig
 from data import IGNORED_LABEL
 

@@ -98,9 +98,9 @@ def test_a_stage_of_a_stage_goes_on_with_rows_that_none_has_trained_on(
 def test_an_older_checkpoint_s_data_are_taken_from_the_first_row(undisturbed):
     manifest = checkpoint.read_manifest(newest(undisturbed[1]))
     config = config_of(undisturbed[1])
-    assert checkpoint._next_row(manifest["config"], config, step=12) == 48
+    assert checkpoint.next_row(manifest["config"], config, step=12) == 48
     del manifest["config"]["fingerprints"]
-    assert checkpoint._next_row(manifest["config"], config, step=12) == 0
+    assert checkpoint.next_row(manifest["config"], config, step=12) == 0
 
 
 @pytest.mark.parametrize(
