@@ -25,7 +25,8 @@ from .kernels import Pieces, select_kernel
 # torch 2.13 renamed the two collectives; up to 2.12 only the second name is there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-# x -> a function for backward that returns x. An output that its own graph keeps would be a cycle.
+# x -> a function that returns x in backward. It holds a detached x: x and its graph, which holds
+# the function, would be a cycle.
 KEEP = ContextVar("KEEP", default=lambda x: x.detach().detach)
 
 
@@ -152,7 +153,8 @@ class _GatherKeys(torch.autograd.Function):
         for i, gradient in enumerate(dkv):
             for keys, part in zip(key.key_slices, gradient.split(sizes), strict=True):
                 total[keys, i] += part
-        total = total.to(x.dtype).index_select(0, key.order)
+        total = total.to(x.dtype)  # a line of its own, so that the float32 sums are free next
+        total = total.index_select(0, key.order)
         local = total.new_empty(len(dq), *total.shape[1:])
         reduce_scatter_single(local, total, group=key.cp_group)
         return dq, *local.unbind(dim=1), None

@@ -228,7 +228,7 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     gradients = b * (2 * q * s + 2 * kv * n)
     attention = again + copied + gradients + sums
     if gathers:  # then the exchange, `_GatherKeys.backward`, without out and gathered keys
-        exchange = (4 + 2 * b) * 2 * kv * s * settings.cp_size
+        exchange = (4 + b) * 2 * kv * s * settings.cp_size
         attention = max(attention, qkv + gradients + exchange)
     # Then backward of the projections: gradients of q, k, v after and before RoPE, the input, which
     # was recomputed, and two gradients of it. Measured with a snapshot.
