@@ -248,7 +248,7 @@ def attentions(cu_seqlens: Tensor, causal: bool, head_dim: int) -> dict[str, Cal
     backend, (name, *_) = select_backend("auto", head_dim, "bfloat16", "cuda")
     if backend == "magi_attention":
         key = key_of(load_api(backend))
-        found[name] = lambda q, k, v: calc_attn(q, k, v, key)[0]
+        found[name] = lambda q, k, v: calc_attn(q, k, v, key)
     return found
 
 

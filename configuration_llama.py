@@ -86,7 +86,7 @@ class LlamaConfig:
 
     @classmethod
     def from_preset(cls, preset: str, overrides: dict[str, Any]) -> "LlamaConfig":
-        """Returns the preset's shape with `overrides` put in its place.
+        """Returns the preset's shape, with the fields in `overrides` replaced.
 
         Raises ValueError for an unknown preset, and what `override` raises.
         """
@@ -95,7 +95,7 @@ class LlamaConfig:
         return PRESETS[preset].override(overrides)
 
     def override(self, overrides: dict[str, Any]) -> "LlamaConfig":
-        """Returns this shape with `overrides` (field name to value) put in its place.
+        """Returns this shape, with the fields in `overrides` (name to value) replaced.
 
         Raises ValueError for an unknown field, naming the nearest, and for a value that makes no
         model.

@@ -9,7 +9,7 @@ Edit llama_pretrain_config.py, or override its keys: `main.py data_config.seqlen
 Shapes in comments: `S` tokens of a packed sequence, `s` = S / cp tokens of this rank's shard.
 """
 
-if __name__ == "__main__":  # first, since importing torch takes seconds
+if __name__ == "__main__":  # before the slow import of torch
     from support import stop
 
     stop.listen()
@@ -99,8 +99,8 @@ def apply_fsdp(model: LlamaForCausalLM, dp_cp: DeviceMesh) -> None:
 
 def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> LlamaForCausalLM:
     """Shards the meta model, then gives it memory on this rank's device, and weights."""
-    recomputation, offload = (train_config[f"activation_{x}"] for x in ("checkpointing", "offload"))
-    apply_recompute(model, recomputation, offload)
+    mode, offload = train_config["activation_checkpointing"], train_config["activation_offload"]
+    apply_recompute(model, mode, offload)
     if train_config["compile"]:
         apply_compile(model)
     apply_fsdp(model, dp_cp_mesh(device_mesh))
@@ -119,8 +119,8 @@ def build_optimizer(model: nn.Module, config: dict) -> tuple[torch.optim.Optimiz
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    settings = config["learning_rate"], tuple(map(float, config["betas"])), config["eps"]
-    optimizer = torch.optim.AdamW(groups, *settings, config["weight_decay"], fused=True)
+    lr, betas, eps = config["learning_rate"], tuple(map(float, config["betas"])), config["eps"]
+    optimizer = torch.optim.AdamW(groups, lr, betas, eps, config["weight_decay"], fused=True)
     optimizer.found_inf = torch.zeros((), device=matrices[0].device)  # see `clip_gradients`
     warmup, floor = config["warmup_iters"], config["min_learning_rate_ratio"]
     decay_iters = max(1, train_config["train_iters"] - warmup)
@@ -192,7 +192,7 @@ class Batch(NamedTuple):
     """One step's input. num_labels and area are sums over all ranks."""
 
     micro_batches: list[tuple]  # each from `prepare_magi_attention`
-    num_labels: float  # except those of -100
+    num_labels: float  # that are not -100
     area: float  # (query, key) pairs of the attention mask
     data_seconds: float  # this rank's time to read its rows
     plan_seconds: float  # and to build the runtime keys
@@ -232,8 +232,8 @@ def loss_func(token_losses: Tensor, num_labels: float, device_mesh: DeviceMesh) 
 def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """Makes `optimizer.step()` clip, without a device sync; returns the gradient norm, a scalar.
 
-    Fused AdamW reads two attributes of `GradScaler`. It divides the gradients by grad_scale. It
-    skips the step if found_inf is 1, which the first loss or norm that is not finite makes it.
+    Fused AdamW reads two attributes that `GradScaler` sets. It divides the gradients by grad_scale,
+    and skips the step if found_inf is 1. A loss or norm that is not finite sets it for good.
     """
     # float64: the error of a CPU's float32 norm, up to 1e-4, depends on the size of the shards.
     grads = [p.grad.double() if p.is_cpu else p.grad for p in model.parameters() if p.requires_grad]
@@ -270,7 +270,7 @@ def train(
 ) -> None:
     """Trains up to step train_iters, from the newest checkpoint. sources: "train", "validation".
 
-    Raises FloatingPointError, with the weights unchanged, if a loss is not finite, and
+    Raises FloatingPointError, with the weights unchanged, if a loss or norm is not finite, and
     CheckpointError if a checkpoint cannot be read or written.
     """
     config, log, eval_interval = run_config(sources), stop.log, train_config["eval_interval"]
@@ -334,9 +334,9 @@ def main(arguments: list[str]) -> None:
     init_env()
     device_mesh = build_mesh()
     model = parallelize_model(build_llama_model(), device_mesh)
-    optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
     try:
         if "train" in sources:
+            optimizer, lr_scheduler = build_optimizer(model, train_config["optimizer_config"])
             train(model, optimizer, lr_scheduler, device_mesh, sources, train_config["train_iters"])
         else:  # --evaluate
             checkpoint.load_model(model, run_config(sources), stop.log)

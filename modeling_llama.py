@@ -57,7 +57,7 @@ class LlamaAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        out, _ = calc_attn(q, k, v, runtime_key)
+        out = calc_attn(q, k, v, runtime_key)
         return self.o_proj(out.flatten(1))
 
 

@@ -41,7 +41,6 @@ from .resume import (
     find_weights,
     next_row,
 )
-from .resume import check_resume as check_resume
 
 
 def _first_complete(

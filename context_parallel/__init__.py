@@ -1,6 +1,6 @@
 """Context parallelism: the choice of a backend, and the attention call.
 
-Both build a *runtime key* per micro-batch: each rank's chunks, and the keys that they see.
+Each backend builds a *runtime key* per micro-batch: every rank's chunks, and the keys they see.
 """
 
 import importlib
@@ -78,15 +78,15 @@ def load_api(backend: str) -> ModuleType:
 
 
 @torch.compiler.disable
-def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> tuple[Tensor, object]:
+def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> Tensor:
     """Attention of the local queries to all keys that they see, by the backend of the key.
 
     q: [s, nh, hd]; k, v: [s, nkv, hd]. key: a runtime key, or a function (q, k, v) -> out in its
-    place (`support/recompute.py`). Returns out, [s, nh, hd], and magi_attention's meta or None.
+    place (`support/recompute.py`). Returns out, [s, nh, hd].
     """
     if callable(key):
-        return key(q, k, v), None
+        return key(q, k, v)
     if isinstance(key, native.DistAttnRuntimeKey):
-        return native.calc_attn(q, k, v, key)
+        return native.calc_attn(q, k, v, key)[0]
     # Strided inputs can give NaN gradients without a word in magi_attention 1.1.
-    return load_api("magi_attention").calc_attn(*map(Tensor.contiguous, (q, k, v)), key)
+    return load_api("magi_attention").calc_attn(*map(Tensor.contiguous, (q, k, v)), key)[0]

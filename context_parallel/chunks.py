@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_IMBALANCE = 1.03  # largest over mean area of the ranks for which chunks are not cut smaller
-MIN_CHUNK_SIZE = 16  # tokens; below it they are not cut either
+MAX_IMBALANCE = 1.03  # largest over mean area of the ranks; such a balance ends the search
+MIN_CHUNK_SIZE = 16  # tokens; chunks of this size, or less, end it too
 
 
 def balanced_chunk_size(cu_seqlens: Tensor, causal: bool, cp_size: int) -> int:

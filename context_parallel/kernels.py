@@ -35,7 +35,7 @@ def select_kernel(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, 
     """Returns the name of the kernel that runs, and its function: (q [s, nh, hd], k [n, nkv, hd],
     v [n, nkv, hd], pieces) -> [s, nh, hd]. device: "cpu" or "cuda".
     """
-    if device == "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if device == "cpu" or dtype != torch.bfloat16:
         return "scaled_dot_product_attention", _scaled_dot_product_attention
     if flash_attention_4_obstacle(head_dim):
         return "FlashAttention-2, part of torch", _flash_attention_2

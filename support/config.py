@@ -124,11 +124,11 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def resolve(arguments: list[str], world_size: int, evaluates: bool = False) -> list[str]:
+def resolve(arguments: list[str], world_size: int, only_evaluates: bool = False) -> list[str]:
     """Writes the overrides into the dicts of llama_pretrain_config.py and checks the result.
 
     arguments: `SECTION.KEY=VALUE` each. A value is parsed as the type of the default.
-    evaluates: whether the run only evaluates.
+    only_evaluates: whether the run only evaluates.
 
     Returns lines for the log: what differs from the file. Raises ValueError, one
     sentence, for a value that cannot be trained, whether in the file or on the command line.
@@ -145,7 +145,7 @@ def resolve(arguments: list[str], world_size: int, evaluates: bool = False) -> l
             parallel_config[key] = 1
     _check_layout(world_size)
     _check_offload()
-    _check_validation(evaluates)
+    _check_validation(only_evaluates)
     for section in sections().values():
         section |= {key: os.path.expanduser(section[key]) for key in PATHS if key in section}
     return notes
@@ -242,7 +242,7 @@ def _check_offload() -> None:
         )
 
 
-def _check_validation(evaluates: bool) -> None:
+def _check_validation(only_evaluates: bool) -> None:
     fraction, source = data_config["validation_fraction"], data_config["validation_source"]
     if fraction and source:
         raise ValueError(
@@ -250,8 +250,8 @@ def _check_validation(evaluates: bool) -> None:
             f"each other; set one"
         )
     interval = train_config["eval_interval"]
-    if (interval or evaluates) and not (fraction or source):
-        name = "--evaluate" if evaluates else f"train_config.eval_interval={interval}"
+    if (interval or only_evaluates) and not (fraction or source):
+        name = "--evaluate" if only_evaluates else f"train_config.eval_interval={interval}"
         raise ValueError(
             f"{name} needs documents to evaluate on; set data_config.validation_fraction or "
             f"validation_source"

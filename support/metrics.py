@@ -1,9 +1,4 @@
-"""The log of a run, `metrics.jsonl`, TensorBoard, Weights & Biases, evaluation, and FLOPs.
-
-    python -m support.metrics RUN [RUN ...] --output loss.png
-
-draws the losses of runs (folders with a metrics.jsonl) in one picture: see plot.py.
-"""
+"""The log of a run, `metrics.jsonl`, TensorBoard, Weights & Biases, evaluation, and FLOPs."""
 
 import contextlib
 import functools
@@ -125,7 +120,7 @@ class Step:
         self.end = now()
 
     def wait(self) -> None:
-        """Sets `loss` and `grad_norm`. Besides checkpoints, only this waits for the GPU."""
+        """Sets `loss` and `grad_norm`. Only this, checkpoints and evaluations wait for the GPU."""
         if not isinstance(self.end, float):
             self.end.synchronize()
         self.loss, self.grad_norm = self.results.tolist()
@@ -197,7 +192,15 @@ class MetricsWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=error is not None)
+        self.watchdog.stop()
+        if self.profiler is not None:
+            self.profiler.stop()
+        for file in (self.file, self.tensorboard):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+        if self.wandb is not None:
+            wandb_run.finish(self.wandb, failed=error is not None)
         if error is None and rank() == 0 and self.record.get("step") == self.train_iters:
             log(self._result())
 
@@ -285,17 +288,6 @@ class MetricsWriter:
         parts.append(checkpoints(self.output_dir)[0])
         command = f"python -m checkpoint export {shlex.quote(self.output_dir)} hf-model"
         return f"done: {', '.join(parts)}; next: {command}"
-
-    def close(self, failed: bool = False) -> None:
-        self.watchdog.stop()
-        if self.profiler is not None:
-            self.profiler.stop()
-        for file in (self.file, self.tensorboard):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
-        if self.wandb is not None:
-            wandb_run.finish(self.wandb, failed)
 
 
 def log_evaluation(eval_sums: Tensor) -> None:
@@ -452,9 +444,3 @@ def _keep_earlier(output_dir: str, names: list[str]) -> None:
         path = os.path.join(output_dir, name)
         if os.path.lexists(path):
             os.rename(path, f"{path}.{number}")
-
-
-if __name__ == "__main__":
-    from .plot import main
-
-    main()

@@ -1,4 +1,4 @@
-"""Draws the losses of runs: `python -m support.metrics`."""
+"""Draws the losses of runs: `python -m support.plot`."""
 
 import argparse
 import json
@@ -131,7 +131,7 @@ def plot_by_position(runs: list[str], output: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m support.metrics",
+        prog="python -m support.plot",
         description="Draws the losses of runs (folders with a metrics.jsonl) in one picture.",
     )
     parser.add_argument("runs", nargs="+", type=os.path.expanduser, metavar="RUN")
@@ -153,3 +153,7 @@ def main() -> None:
             plot(options.runs, options.output or "loss.png")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-import checkpoint
 import context_parallel
-from checkpoint import tokenizer, weights
+from checkpoint import resume, tokenizer, weights
 from configuration_llama import LlamaConfig
 from data import RandomSource, TokenSource, open_source
 from data.corpus import open_corpus
@@ -45,17 +44,17 @@ def set_up(arguments: list[str]) -> Sources:
         if os.environ["LOCAL_RANK"] == "0":
             print(describe_plan(arguments) if PLAN in arguments else run_settings.describe())
         sys.exit()
-    evaluates = EVALUATE in arguments
+    only_evaluates = EVALUATE in arguments
     overrides = [argument for argument in arguments if argument != EVALUATE]
-    notes = run_settings.resolve(overrides, int(os.environ["WORLD_SIZE"]), evaluates)
+    notes = run_settings.resolve(overrides, int(os.environ["WORLD_SIZE"]), only_evaluates)
     notes += [f"attention: {line}" for line in choose_backend()]
     notes += check_rows()
     check_machine()
-    notes += [] if evaluates else check_host_memory()
-    check_init_from(evaluates)
-    if train_config["wandb_project"] and not evaluates and rank() == 0:
+    notes += [] if only_evaluates else check_host_memory()
+    check_init_from(only_evaluates)
+    if train_config["wandb_project"] and not only_evaluates and rank() == 0:
         wandb_run.check(train_config["wandb_project"])
-    sources = open_sources(evaluates)
+    sources = open_sources(only_evaluates)
     check_files(sources)
     log_run(sources, notes)
     return sources
@@ -179,9 +178,9 @@ def check_host_memory() -> list[str]:
     return [f"activation_offload: {needed:.1f} of {free:.1f} GiB of free host memory"]
 
 
-def check_init_from(evaluates: bool = False) -> None:
-    """Raises ValueError if `init_from` has not the model's weights, or not the data's tokens."""
-    key = "validation_source" if evaluates and data_config["validation_source"] else "source"
+def check_init_from(only_evaluates: bool = False) -> None:
+    """Raises ValueError if `init_from` lacks weights, or has another tokenizer than the data."""
+    key = "validation_source" if only_evaluates and data_config["validation_source"] else "source"
     folder, source = model_config["init_from"], data_config[key]
     if not folder:
         return
@@ -189,7 +188,7 @@ def check_init_from(evaluates: bool = False) -> None:
         weights.check_weights(LlamaForCausalLM(build_llama_config()), folder)
     if source == "random" or not model_config["check_tokenizer"]:
         return
-    paths, resumes = checkpoint.find(run_settings.sections(), restarts())
+    paths, resumes = resume.find(run_settings.sections(), restarts())
     if not (paths and resumes):  # a run that resumes has started with the same corpus
         keys = data_config["skip_undecodable"], data_config["end_of_text_id"]
         tokenizer.check(open_corpus(f"data_config.{key}", source, *keys), source, folder)
@@ -233,8 +232,8 @@ def check_files(sources: Sources) -> None:
     """
     if "train" in sources:
         lock_output_dir(train_config["output_dir"])
-        checkpoint.check_resume(run_config(sources), restarts())
-    elif not (model_config["init_from"] or checkpoint.find_weights(run_config(sources))):
+        resume.check_resume(run_config(sources), restarts())
+    elif not (model_config["init_from"] or resume.find_weights(run_config(sources))):
         raise ValueError(
             f"{EVALUATE} finds no weights: train_config.output_dir={train_config['output_dir']!r} "
             f"holds no checkpoint; give a run's, or a Hugging Face folder in model_config.init_from"

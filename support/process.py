@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, log, time out and end."""
+"""The processes of a run: how they start, lock output_dir, time out and end."""
 
 import contextlib
 import faulthandler

@@ -68,7 +68,7 @@ class _Unguarded:
         self.runtime_key = runtime_key
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return calc_attn(q, k, v, self.runtime_key)[0]
+        return calc_attn(q, k, v, self.runtime_key)
 
 
 class _RecomputingForward:
@@ -208,7 +208,7 @@ class _Attention:
             token = KEEP.set(keep)
             try:
                 with not_saved(qkv, lambda: again):
-                    out, _ = calc_attn(*qkv, self.runtime_key)
+                    out = calc_attn(*qkv, self.runtime_key)
             finally:
                 KEEP.reset(token)
         self.out, self.edge = keep(out), get_gradient_edge(out)
@@ -229,7 +229,7 @@ class _FirstAttention(torch.autograd.Function):
         ctx.attention = attention
         if attention.keep and any(ctx.needs_input_grad):
             return attention.run(q, k, v)
-        return calc_attn(q, k, v, attention.runtime_key)[0]
+        return calc_attn(q, k, v, attention.runtime_key)
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: Ctrl-C (INT), TERM, USR1 and HUP.
+"""Signals that ask a run to end (Ctrl-C (INT), TERM, USR1 and HUP), and the log.
 
 `main.py` calls `listen` before it imports torch, which takes seconds. So this module does not.
 """

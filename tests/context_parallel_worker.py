@@ -80,7 +80,7 @@ def check(backend, mesh, dtype, head_dim, lengths: list[int], causal, chunk_size
     )
     local_q, local_k, local_v = (api.dispatch(x, key).detach().requires_grad_() for x in (q, k, v))
     with gathered_keys() as gathered:
-        out, _ = calc_attn(local_q, local_k, local_v, key)
+        out = calc_attn(local_q, local_k, local_v, key)
         assert all(keys.expired() for keys in gathered), "backward gathers them again"
         out.backward(api.dispatch(grad, key))
     if backend == "native":

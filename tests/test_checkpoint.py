@@ -432,11 +432,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(start,
 )
 def test_a_change_that_is_not_allowed_names_the_key_and_both_values(key, value, undisturbed):
     config = config_of(undisturbed[1])
-    checkpoint.check_resume(config)
+    checkpoint.resume.check_resume(config)
     section, name = key.split(".")
     before, config[section][name] = config[section][name], value
     with pytest.raises(CheckpointError) as error:
-        checkpoint.check_resume(config)
+        checkpoint.resume.check_resume(config)
     assert f"{key}={value!r}, but " in str(error.value)
     assert f"was trained with {before!r}" in str(error.value) or name == "train_iters"
     assert newest(undisturbed[1]) in str(error.value)
@@ -451,10 +451,10 @@ def test_an_optional_key_of_rope_scaling_may_not_be_added(forged_run):
     config = config_of(forged_run)
     config["train_config"]["output_dir"] = str(forged_run)
     config["llama_config"]["rope_scaling"] = dict(yarn)
-    checkpoint.check_resume(config)
+    checkpoint.resume.check_resume(config)
     config["llama_config"]["rope_scaling"]["attention_factor"] = 2.0
     with pytest.raises(CheckpointError, match="llama_config.rope_scaling=.*attention_factor"):
-        checkpoint.check_resume(config)
+        checkpoint.resume.check_resume(config)
 
 
 def write_corpus(path: Path, kind: str, text: bytes) -> Path:
@@ -482,7 +482,7 @@ def test_a_moved_corpus_resumes_and_other_text_of_its_name_does_not(
     def check(source):
         open_corpus.cache_clear()
         resolve([f"data_config.{key}={source}"], world_size=1)
-        checkpoint.check_resume(preflight.run_config(preflight.open_sources()))
+        checkpoint.resume.check_resume(preflight.run_config(preflight.open_sources()))
 
     os.rename(tmp_path / "corpus", tmp_path / "moved")
     check(tmp_path / "moved" / source.relative_to(tmp_path / "corpus"))
@@ -508,13 +508,13 @@ def test_a_checkpoint_without_fingerprints_resumes_by_the_path_of_its_corpus(
     resumed["train_config"]["output_dir"] = str(forged_run)
     resumed["data_config"]["source"] = "/home/me/corpus"
     resumed["data"] = "/home/me/corpus, 3 documents"
-    checkpoint.check_resume(resumed)
+    checkpoint.resume.check_resume(resumed)
     resumed["data"] = "/home/me/corpus, 4 documents"
     with pytest.raises(CheckpointError, match="data='/home/me/corpus, 4 documents', but "):
-        checkpoint.check_resume(resumed)
+        checkpoint.resume.check_resume(resumed)
     resumed["data_config"]["source"] = "README.md"
     with pytest.raises(CheckpointError, match="data_config.source='README.md', but .*'~/corpus'"):
-        checkpoint.check_resume(resumed)
+        checkpoint.resume.check_resume(resumed)
 
 
 def test_a_finished_run_whose_inputs_moved_is_still_finished(undisturbed, config, cp_group):
@@ -529,7 +529,7 @@ def test_other_changes_are_allowed(undisturbed):
     config = config_of(undisturbed[1])
     config["train_config"] |= {"dtype": "bfloat16", "checkpoint_interval": 7, "train_iters": 90}
     config["parallel_config"] |= {"context_parallel_backend": "magi_attention"}
-    checkpoint.check_resume(config)
+    checkpoint.resume.check_resume(config)
 
 
 def test_never_refuses_a_folder_with_a_run_and_auto_reports_a_finished_run(start, undisturbed):
@@ -569,18 +569,18 @@ def test_a_path_starts_a_branch_in_another_folder(start, undisturbed, tmp_path):
     with pytest.raises(
         CheckpointError, match="newest checkpoint in train_config.output_dir is .*step-00000012"
     ):
-        checkpoint.check_resume(config)
+        checkpoint.resume.check_resume(config)
     config["train_config"]["resume"] = str(tmp_path / "run")  # step 12 too, of another run
     with pytest.raises(
         CheckpointError, match="newest checkpoint in train_config.output_dir is .*step-00000012"
     ):
-        checkpoint.check_resume(config)
+        checkpoint.resume.check_resume(config)
     config["train_config"]["resume"] = str(tmp_path)
     with pytest.raises(CheckpointError, match="holds no checkpoint; it must be 'auto', 'never', "):
-        checkpoint.check_resume(config)
+        checkpoint.resume.check_resume(config)
     config["train_config"]["resume"] = str(undisturbed[1] / "step-00000099")
     with pytest.raises(CheckpointError, match="holds no checkpoint; it must be 'auto', 'never', "):
-        checkpoint.check_resume(config)
+        checkpoint.resume.check_resume(config)
 
 
 def build(output_dir, *arguments) -> checkpoint.Checkpointer:

@@ -50,6 +50,16 @@ def plan(lengths: list[int], cp_size: int) -> tuple[list[list[int]], int]:
     return balanced_partitions(areas, cp_size), chunk_size
 
 
-def test_a_rank_that_has_its_share_of_chunks_gets_no_more():
-    assert balanced_partitions([1, 2, 3, 4], 2) == [[0, 3], [1, 2]]
-    assert balanced_partitions([9, 0, 0, 0], 2) == [[0, 3], [1, 2]]
+@pytest.mark.parametrize("seed", range(20))
+def test_each_chunk_goes_to_the_rank_with_the_least_work_that_has_room(seed):
+    """Of equal chunks and of equal ranks the first; compared with a search of all ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    cp_size, room = 1 + seed % 7, 1 + seed % 5
+    areas = torch.randint(0, 9, (cp_size * room,), generator=generator).tolist()
+    ranks, loads = [[] for _ in range(cp_size)], [0] * cp_size
+    for area, chunk in sorted((-area, chunk) for chunk, area in enumerate(areas)):
+        free = [rank for rank in range(cp_size) if len(ranks[rank]) < room]
+        rank = min(free, key=lambda rank: (loads[rank], rank))
+        ranks[rank].append(chunk)
+        loads[rank] -= area
+    assert balanced_partitions(areas, cp_size) == [sorted(chunks) for chunks in ranks]

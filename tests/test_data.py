@@ -255,11 +255,6 @@ def test_a_folder_or_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypa
         open_data(tmp_path)
 
 
-def test_tokens_beyond_the_vocabulary_are_refused(folder):
-    with pytest.raises(ValueError, match="token ids up to 256, .* vocab_size is 256"):
-        open_data(folder, vocab_size=256)
-
-
 def write_prepared(folder: Path, tokens: np.ndarray, starts: np.ndarray, vocab_size: int) -> Path:
     """A folder as the README describes it."""
     folder.mkdir()

@@ -567,9 +567,9 @@ def test_plot_by_position_draws_at_most_six_runs(tmp_path):
 
 def test_a_tilde_in_the_command_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("sys.argv", ["metrics", "~/run", "--output=~/loss.png"])
+    monkeypatch.setattr("sys.argv", ["plot", "~/run", "--output=~/loss.png"])
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", 2)
-    with pytest.warns(RuntimeWarning, match="support.metrics"):  # it is imported already
-        runpy.run_module("support.metrics", run_name="__main__")
+    with pytest.warns(RuntimeWarning, match="support.plot"):  # it is imported already
+        runpy.run_module("support.plot", run_name="__main__")
     assert (tmp_path / "loss.png").exists()

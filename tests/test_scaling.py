@@ -63,21 +63,6 @@ def test_documents_that_are_not_cut_need_no_rows(lengths, cp_size):
     assert not work.gathers and work.needed == [0] * cp_size
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_each_chunk_goes_to_the_rank_with_the_least_work_that_has_room(seed):
-    """Of equal chunks and of equal ranks the first; compared with a search of all ranks."""
-    generator = torch.Generator().manual_seed(seed)
-    cp_size, room = 1 + seed % 7, 1 + seed % 5
-    areas = torch.randint(0, 9, (cp_size * room,), generator=generator).tolist()
-    ranks, loads = [[] for _ in range(cp_size)], [0] * cp_size
-    for area, chunk in sorted((-area, chunk) for chunk, area in enumerate(areas)):
-        free = [rank for rank in range(cp_size) if len(ranks[rank]) < room]
-        rank = min(free, key=lambda rank: (loads[rank], rank))
-        ranks[rank].append(chunk)
-        loads[rank] -= area
-    assert balanced_partitions(areas, cp_size) == [sorted(chunks) for chunks in ranks]
-
-
 @pytest.mark.parametrize("seed, cp_size, causal", CASES)
 def test_the_key_gathers_the_rows_that_the_pieces_see(seed, cp_size, causal, monkeypatch):
     """Each rank's key, compared with the mask. Short documents, so that some are whole."""

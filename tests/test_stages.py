@@ -98,9 +98,9 @@ def test_a_stage_of_a_stage_goes_on_with_rows_that_none_has_trained_on(
 def test_an_older_checkpoint_s_data_are_taken_from_the_first_row(undisturbed):
     manifest = checkpoint.read_manifest(newest(undisturbed[1]))
     config = config_of(undisturbed[1])
-    assert checkpoint.next_row(manifest["config"], config, step=12) == 48
+    assert checkpoint.resume.next_row(manifest["config"], config, step=12) == 48
     del manifest["config"]["fingerprints"]
-    assert checkpoint.next_row(manifest["config"], config, step=12) == 0
+    assert checkpoint.resume.next_row(manifest["config"], config, step=12) == 0
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_stage_that_cannot_begin_is_refused(changes, message, undisturbed, tmp
     config["train_config"] |= {k: v.format(run=undisturbed[1]) for k, v in changes.items()}
     config["llama_config"]["hidden_size"] = 64
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.check_resume(config)
+        checkpoint.resume.check_resume(config)
 
 
 EVALUATION = [
