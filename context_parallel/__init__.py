@@ -87,6 +87,6 @@ def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: object) -> Tensor:
     if callable(key):
         return key(q, k, v)
     if isinstance(key, native.DistAttnRuntimeKey):
-        return native.calc_attn(q, k, v, key)[0]
+        return native.calc_attn(q, k, v, key)
     # Strided inputs can give NaN gradients without a word in magi_attention 1.1.
     return load_api("magi_attention").calc_attn(*map(Tensor.contiguous, (q, k, v)), key)[0]

@@ -78,13 +78,13 @@ def magi_attn_varlen_key(
     bounds = F.pad(bounds, (0, 1), value=partitions.numel() * chunk_size)  # padding is a document
     slot = partitions.flatten().argsort()  # of each chunk in `order`
     cuts = ((slot // partitions.shape[1]).diff().nonzero() + 1) * chunk_size  # between two ranks
-    gathers = not torch.isin(cuts, bounds).all()
+    gathers = not torch.isin(cuts, bounds).all()  # a cut lies inside a document
     chunks = partitions[dist.get_rank(cp_group_or_mesh)]
     first, last, first_key, last_key = find_pieces(bounds, chunk_size, chunks, causal)
     key_slices = list(map(slice, *(x.tolist() for x in _joined(first_key, last_key))))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     within = torch.arange(chunk_size, device=device)  # the host would take long to fill S rows
-    order, place = (
+    order, place = (  # inverse permutations of the stream
         (x.to(device).view(-1, 1) * chunk_size + within).flatten() for x in (partitions, slot)
     )
     key_rows = torch.cat([place[keys] for keys in key_slices])
@@ -119,18 +119,16 @@ def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tens
     return x.index_select(0, key.order.chunk(key.cp_group.size())[key.cp_group.rank()])
 
 
-def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> tuple[Tensor, None]:
-    """q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns the output, [s, nh, hd], finite at padding, and
-    None, where magi_attention returns its log-sum-exp.
-    """
+def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: DistAttnRuntimeKey) -> Tensor:
+    """q: [s, nh, hd]; k, v: [s, nkv, hd]. Returns the output, [s, nh, hd], finite at padding."""
     _, attention = select_kernel(q.device.type, q.dtype, q.shape[-1])
     if not key.gathers:
-        return attention(q, k, v, key.pieces), None
+        return attention(q, k, v, key.pieces)
     seen = _GatherKeys.apply(q, k, v, key)
-    # Backward gathers K and V again: all ranks' copies are too large to keep.
+    # Backward gathers again, from the local K and V: all ranks' copies are too large to keep.
     node = seen[1].grad_fn
     with not_saved(seen, functools.cache(lambda: _gather_keys(*node.saved_tensors, key))):
-        return attention(*seen, key.pieces), None
+        return attention(*seen, key.pieces)
 
 
 class _GatherKeys(torch.autograd.Function):

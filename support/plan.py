@@ -238,9 +238,9 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     slice_size = min(s, MLP_SLICE_SIZE)
     mlp = b * (3 * h * s + (6 * i + 4 * h) * slice_size) if recomputes else b * s * (3 * i + 2 * h)
 
-    def moment(num_layers, sharded, whole, gathered, attention=0.0, hidden=0.0, logits=0.0):
-        """sharded: parameters that have a gradient. whole: bytes of gradients not yet sharded.
-        gathered: parameters.
+    def moment(layers_kept, sharded, whole, gathered, *, attention=0.0, hidden=0.0, logits=0.0):
+        """layers_kept: whose kept tensors are on the GPU. sharded: parameters that have a gradient.
+        whole: bytes of gradients not yet sharded. gathered: parameters. The rest: bytes.
         """
         sharded = P if settings.accumulation > 1 else sharded
         # FSDP keeps the buffer of its last all-gather in forward.
@@ -250,7 +250,7 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
             "gradients": 4 * sharded / W + whole,
             "optimizer": 8 * P / W,
             "gathered weights": b * gathered + buffer,
-            "kept by layers": num_layers * kept * s + 4 * c.head_dim * s,  # RoPE's cos and sin
+            "kept by layers": layers_kept * kept * s + 4 * c.head_dim * s,  # RoPE's cos and sin
             "attention": attention,
             "MLP, hidden states": hidden,
             "logits": logits,
@@ -268,12 +268,12 @@ def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:
     at_first = ahead, P - root - ahead * layer, 4 * layer + tied + b * layer, root + pair
     in_loss = head + root + (0 if recomputes else layers)
     return {
-        "the loss": moment(held, 0, 0, in_loss, 0, 3 * x, logits),
-        "the last layer's attention": moment(*at_last, attention, x),
-        "the last layer's MLP": moment(*at_last, again, mlp),
-        f"the {first} layer's attention": moment(*at_first, attention, x),
-        f"the {first} layer's MLP": moment(*at_first, again, mlp),
-        "the embedding": moment(0, P - root, 4 * root + b * v * h + tied, root, 0, x),
+        "the loss": moment(held, 0, 0, in_loss, hidden=3 * x, logits=logits),
+        "the last layer's attention": moment(*at_last, attention=attention, hidden=x),
+        "the last layer's MLP": moment(*at_last, attention=again, hidden=mlp),
+        f"the {first} layer's attention": moment(*at_first, attention=attention, hidden=x),
+        f"the {first} layer's MLP": moment(*at_first, attention=again, hidden=mlp),
+        "the embedding": moment(0, P - root, 4 * root + b * v * h + tied, root, hidden=x),
     }
 
 

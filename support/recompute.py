@@ -4,6 +4,14 @@ All are applied from outside, before FSDP, and change no value but bfloat16's ro
 
     apply_recompute(model, "selective", offload=True)
     apply_compile(model)
+
+Backward of a recomputing layer, in order:
+
+1. The MLP half needs its input: `_Recomputed.output_again` runs the attention half again, and holds
+   what autograd saves.
+2. The MLP half runs again and backward, slice by slice.
+3. Backward of the attention half takes the held tensors from `_saved_again`, and the gradients of
+   q, k and v from `_Attention.gradients`.
 """
 
 import weakref

@@ -119,5 +119,5 @@ def calc_attn(
     for x, heads in ((q, key.num_heads_q), (k, key.num_heads_kv), (v, key.num_heads_kv)):
         assert x.is_contiguous(), "strided inputs can give NaN gradients"
         assert x.shape[1:] == (heads, key.head_dim)
-    out, _ = native.calc_attn(q, k, v, key.native_key)
+    out = native.calc_attn(q, k, v, key.native_key)
     return out, AttnForwardMeta(lse=None)
