@@ -78,12 +78,15 @@ def describe_plan(arguments: list[str]) -> str:
 
 
 def set_environment() -> None:
-    """Sets torchrun's variables where it did not start this process.
+    """Sets torchrun's variables where it did not start this process, and PyTorch's allocator.
 
     A scheduler may have set RANK and WORLD_SIZE, but it counts nodes.
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the earlier name
+        # Without it, 11 of 75 GiB lay between blocks in a row of 3,932,160 tokens.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def build_llama_config() -> LlamaConfig:

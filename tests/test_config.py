@@ -1,6 +1,7 @@
 """The command line's overrides and the checks of the resolved config."""
 
 import copy
+import os
 import re
 import shlex
 
@@ -11,6 +12,7 @@ from conftest import ROOT
 import llama_pretrain_config
 import main
 from configuration_llama import LlamaConfig
+from support import preflight
 from support.config import describe, flatten, resolve, sections
 
 pytestmark = pytest.mark.usefixtures("config")
@@ -229,3 +231,16 @@ def test_no_value_of_any_key_ends_in_a_traceback(key, config, tmp_path, monkeypa
             continue
         main.build_optimizer(torch.nn.Linear(2, 2), main.train_config["optimizer_config"])
         main.group_timeout()
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_has_expandable_segments_unless_the_user_sets_it(name, monkeypatch):
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(variable, "")  # so that monkeypatch removes it at the end
+        monkeypatch.delenv(variable)
+    preflight.set_environment()
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    preflight.set_environment()
+    assert os.environ[name] == "max_split_size_mb:128"
+    assert "expandable" not in os.environ.get("PYTORCH_ALLOC_CONF", "")
