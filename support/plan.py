@@ -35,7 +35,7 @@ from .metrics import attention_area, training_flops
 from .recompute import HOST_BLOCK_SIZE, MLP_SLICE_SIZE
 
 ALLOCATOR_GIB = 0.07  # cuBLAS workspaces and rounding: the measured rest
-BESIDE_GIB = 2.0  # CUDA's context and NCCL's buffers, outside of PyTorch's allocator; assumed
+BESIDE_GIB = 2.0  # CUDA's context and NCCL's buffers, assumed; 1.6 on two H100s
 MARGIN = 1.05  # the estimate's error, and gaps between the allocator's blocks
 
 # Rates of two H100s and two H200s, which are equally fast, torch 2.11.
