@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,16 +28,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 import checkpoint
-import context_parallel
-from checkpoint import weights
 from configuration_llama import LlamaConfig
+from context_parallel import load_api
 from context_parallel.chunks import balanced_chunk_size
 from data import IGNORED_LABEL, DataError, Source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 from support import metrics, stop
 from support.preflight import build_llama_config, group_timeout, run_config, set_up, with_timeout
-from support.process import end_process, exit_with, rendezvous, restarts
+from support.process import end_process, exit_with, raise_on_all_ranks, rendezvous, restarts
 from support.recompute import apply_compile, apply_recompute
 
 
@@ -48,9 +46,7 @@ def init_env() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank())
         backend = "cpu:gloo,cuda:nccl"  # gloo: CPU collectives do not queue behind GPU kernels
-    timeout = group_timeout()
-    store, rank, world_size = rendezvous(timeout)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, **rendezvous(group_timeout()))
 
 
 def build_mesh() -> DeviceMesh:
@@ -106,9 +102,9 @@ def parallelize_model(model: LlamaForCausalLM, device_mesh: DeviceMesh) -> Llama
     apply_fsdp(model, dp_cp_mesh(device_mesh))
     model.to_empty(device=device_mesh.device_type)
     if model_config["init_from"]:
-        weights.load_weights(model, model_config["init_from"])
+        checkpoint.weights.load_weights(model, model_config["init_from"])
     else:
-        weights.init_weights(model, model.config.initializer_range, train_config["seed"])
+        checkpoint.weights.init_weights(model, model.config.initializer_range, train_config["seed"])
     return model
 
 
@@ -158,7 +154,7 @@ def prepare_magi_attention(
     input_ids: Tensor,
     labels: Tensor,
     cu_seqlens: Tensor,
-    config: LlamaConfig,
+    llama: LlamaConfig,
     device_mesh: DeviceMesh,
 ) -> tuple[Tensor, Tensor, Tensor, object]:
     """Plans the attention of one packed sequence, and dispatches its tokens to the cp ranks.
@@ -166,18 +162,18 @@ def prepare_magi_attention(
     Returns this rank's (input_ids [s], labels [s], position_ids [s], runtime key), on its device.
     Padding is token 0, label -100. position_ids count per document. A collective of the cp ranks.
     """
-    api = context_parallel.load_api(parallel_config["context_parallel_backend"])
+    api = load_api(parallel_config["context_parallel_backend"])
     group = device_mesh.get_group("cp")
-    size = balanced_chunk_size(cu_seqlens, config.is_causal, dist.get_world_size(group))
+    size = balanced_chunk_size(cu_seqlens, llama.is_causal, dist.get_world_size(group))
     key = api.magi_attn_varlen_key(
         cu_seqlens,
         cu_seqlens,
-        num_heads_q=config.num_attention_heads,
-        num_heads_kv=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        num_heads_q=llama.num_attention_heads,
+        num_heads_kv=llama.num_key_value_heads,
+        head_dim=llama.head_dim,
         pad_size=0,  # the key finds its own
         cp_group_or_mesh=group,
-        causal=config.is_causal,
+        causal=llama.is_causal,
         dist_attn_config=api.DistAttnConfig(dispatch_config=api.DispatchConfig(chunk_size=size)),
     )
     device = device_mesh.device_type
@@ -188,35 +184,33 @@ def prepare_magi_attention(
     return api.dispatch(input_ids.to(device), key), labels, position_ids, key
 
 
-class Batch(NamedTuple):
-    """One step's input. num_labels and area are sums over all ranks."""
-
-    micro_batches: list[tuple]  # each from `prepare_magi_attention`
-    num_labels: float  # that are not -100
-    area: float  # (query, key) pairs of the attention mask
-    data_seconds: float  # this rank's time to read its rows
-    plan_seconds: float  # and to build the runtime keys
-
-
 def prepare_batch(
-    source: Source, device_mesh: DeviceMesh, config: LlamaConfig, stream: Stream, train_iter: int
-) -> Batch:
-    """Prepares the batch of step train_iter. stream: for copies to the GPU, or None."""
-    start = time.perf_counter()
-    micro_batches = prepare_data(source, device_mesh, train_iter)
+    source: Source, device_mesh: DeviceMesh, llama: LlamaConfig, stream: Stream, train_iter: int
+) -> metrics.Batch:
+    """Prepares the batch of step train_iter. stream: for copies to the GPU, or None.
+
+    Raises DataError on all ranks if one of them reads a damaged row.
+    """
+    start, damage, counts = time.perf_counter(), None, torch.zeros(3, dtype=torch.float64)
+    try:
+        micro_batches = prepare_data(source, device_mesh, train_iter)
+    except DataError as error:
+        micro_batches, damage, counts[2] = [], error, 1
     data_seconds = time.perf_counter() - start
-    counts = torch.zeros(2, dtype=torch.float64)
     for _, labels, cu_seqlens in micro_batches:
         counts[0] += (labels != IGNORED_LABEL).sum()
-        counts[1] += metrics.attention_area(cu_seqlens, config.is_causal)
+        counts[1] += metrics.attention_area(cu_seqlens, llama.is_causal)
     # The sum over dp is the sum over all ranks: cp ranks have the same labels before dispatch.
     dist.all_reduce(counts, group=device_mesh.get_group("dp"))
+    if counts[2]:
+        raise_on_all_ranks(damage)
     start = time.perf_counter()
     with torch.cuda.stream(stream):
-        prepared = [prepare_magi_attention(*m, config, device_mesh) for m in micro_batches]
+        prepared = [prepare_magi_attention(*m, llama, device_mesh) for m in micro_batches]
     if stream is not None:
         torch.cuda.current_stream().wait_stream(stream)
-    return Batch(prepared, *counts.tolist(), data_seconds, time.perf_counter() - start)
+    plan_seconds = time.perf_counter() - start
+    return metrics.Batch(prepared, *counts[:2].tolist(), data_seconds, plan_seconds)
 
 
 def loss_func(token_losses: Tensor, num_labels: float, device_mesh: DeviceMesh) -> Tensor:
@@ -270,8 +264,8 @@ def train(
 ) -> None:
     """Trains up to step train_iters, from the newest checkpoint. sources: "train", "validation".
 
-    Raises FloatingPointError, with the weights unchanged, if a loss or norm is not finite, and
-    CheckpointError if a checkpoint cannot be read or written.
+    Raises FloatingPointError, with the weights unchanged, if a loss or norm is not finite,
+    DataError, when the step before is saved, and CheckpointError.
     """
     config, log, eval_interval = run_config(sources), stop.log, train_config["eval_interval"]
     checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, config, log, restarts())
@@ -281,7 +275,7 @@ def train(
     stream = Stream() if device_mesh.device_type == "cuda" else None
     prepare = partial(prepare_batch, sources["train"], device_mesh, model.config, stream)
 
-    def forward_backward(batch: Batch) -> Tensor:
+    def forward_backward(batch: metrics.Batch) -> Tensor:
         loss = torch.zeros((), dtype=torch.float64, device=device_mesh.device_type)
         for input_ids, labels, position_ids, key in batch.micro_batches:
             token_losses = model(input_ids, position_ids, key, labels)  # [s], float32
@@ -299,7 +293,7 @@ def train(
 
     with metrics.MetricsWriter(config, first_iter, device_mesh.size()) as writer:
         batch = prepare(first_iter) if first_iter < train_iters else None
-        queued, save_seconds = None, 0.0
+        queued, damage, save_seconds = None, None, 0.0
         for train_iter in range(first_iter, train_iters):
             loss = forward_backward(batch)
             dist.all_reduce(loss)
@@ -311,8 +305,11 @@ def train(
             step = writer.queue(number, batch, loss, grad_norm, learning_rate, save_seconds)
             lr_scheduler.step()
 
-            batch = None if is_last else prepare(train_iter + 1)  # while the GPU works
-            stops = checkpointer.is_any_stopping(stop.requested())
+            try:
+                batch = None if is_last else prepare(train_iter + 1)  # while the GPU works
+            except DataError as error:
+                damage = error  # raised when this step is saved
+            stops = checkpointer.is_any_stopping(stop.requested() or damage is not None)
             evaluates = eval_interval > 0 and (is_last or number % eval_interval == 0)
             if queued:
                 log_step(queued)
@@ -321,6 +318,8 @@ def train(
                 log_step(step, evaluates)
                 queued = None
             save_seconds = checkpointer.after_step(number, stops)
+            if damage:
+                raise damage
             if stops:
                 break
 

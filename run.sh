@@ -12,6 +12,7 @@
 #
 # INT (Ctrl-C), TERM, USR1 and HUP make the run save and end with exit code 0. nohup works as usual.
 set -euo pipefail
+trap 'echo "stopped before the processes were started"; exit 0' INT TERM USR1 HUP
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 setting() { # DEFAULT LEAST MOST NAME...: prints the first of these variables that is set
@@ -63,6 +64,7 @@ forward() {
     kill -s "$1" $workers || true
   else # torchrun starts, or waits for other nodes
     echo "stopped before the processes were started"
+    stopped=1
     kill -s TERM "$launcher" || true
   fi
 }
@@ -84,4 +86,5 @@ while kill -0 "$launcher" 2>/dev/null; do # a signal interrupts `wait`
 done
 code=0
 wait "$launcher" || code=$? # bash remembers it
+[[ -z ${stopped:-} ]] || code=0 # nothing was lost
 exit "$code"

@@ -129,8 +129,15 @@ class Checkpointer:
         """
         if dist.get_rank() == 0:
             remove_leftovers(self.train_config["output_dir"], self.log)
-        found = [find(self.config, self.restarts) if dist.get_rank() == 0 else None]
+        found = [None]
+        if dist.get_rank() == 0:
+            try:
+                found = [find(self.config, self.restarts)]
+            except CheckpointError as error:
+                found = [error]
         dist.broadcast_object_list(found, group=self.group)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
         paths, resumes = found[0]
         path = _first_complete(paths, self.log, self.group)
         if not path:
@@ -225,7 +232,7 @@ class Checkpointer:
             if stop and step < self.train_config["train_iters"]:
                 resume = self.train_config["resume"]
                 same = "" if resume == "auto" else " with train_config.resume=auto"
-                self.log(f"asked to stop: saved step {step}; the same command{same} resumes")
+                self.log(f"stopping: saved step {step}; the same command{same} resumes")
         return time.perf_counter() - start
 
     def wait_for_save(self) -> None:

@@ -9,6 +9,7 @@ RUN_OR_STEP is a run's output_dir, which means its newest checkpoint, or a `step
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -47,6 +48,8 @@ def export(path: str, out_dir: str, dtype: str, max_shard_gib: float) -> None:
     """Writes the weights of a checkpoint as a Hugging Face folder."""
     path = newest_complete(path)
     config = read_manifest(path)["config"]
+    if not 0 < max_shard_gib < math.inf:
+        raise ValueError(f"--max-shard-gib {max_shard_gib:g} must be a number above 0")
     reader = Reader(path)
     saved = reader.metadata.state_dict_metadata
     sizes = {k.partition(".")[2]: x.size for k, x in saved.items() if k.startswith("model.")}

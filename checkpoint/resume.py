@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from .format import CheckpointError, checkpoints, read_manifest
+from .format import STEP_NAME, CheckpointError, checkpoints, read_manifest
 
 # Keys, or their beginnings, that may not change on resume. All others may.
 FIXED = ("data", "data_config.", "llama_config.", "train_config.seed")
@@ -46,6 +47,11 @@ def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
     train_config = config["train_config"]
     resume, output_dir = train_config["resume"], train_config["output_dir"]
     continue_from, own = train_config["continue_from"], checkpoints(output_dir)
+    if re.fullmatch(STEP_NAME, os.path.basename(os.path.normpath(output_dir))):
+        raise CheckpointError(
+            f"train_config.output_dir={output_dir!r} has the name of a checkpoint; give a folder "
+            f"of another name"
+        )
     if continue_from:
         if resume not in ("auto", "never"):
             raise CheckpointError(

@@ -173,8 +173,9 @@ def open_source(
 ) -> Source:
     """Opens one split of the corpus in `data_config`. Equal arguments give equal rows.
 
-    split: "train" or "validation". vocab_size: the model's. num_batches: batches that the split
-    must fill without repeating a token. The other arguments are the keys of `data_config`.
+    split: "train" or "validation". vocab_size: the model's. num_batches: batches for which the
+    split must have enough tokens. (One of their rows can be the last one of the epoch, which ends
+    with tokens of the next.) The other arguments are the keys of `data_config`.
 
     Every seed gives the same validation rows, so that runs can be compared.
 

@@ -292,7 +292,7 @@ def find_files(key: str, name: str) -> list[str]:
 
 
 def _files_below(root: str, excluded: tuple[str, ...] = ()) -> list[str]:
-    """Returns all files below a folder, also those of linked folders, each folder's once.
+    """Returns all regular files below a folder, also those of linked folders, each folder's once.
 
     It leaves out hidden files, as a glob does, and the dataset cards of the hub's repositories.
     """
@@ -316,4 +316,5 @@ def _files_below(root: str, excluded: tuple[str, ...] = ()) -> list[str]:
             for name in names
             if name != card and not name.startswith(".")
         ]
-    return sorted(paths)
+    # Reading a pipe would wait forever. A broken link stays, so that reading it is an error.
+    return sorted(path for path in paths if os.path.isfile(path) or os.path.islink(path))

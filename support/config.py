@@ -57,7 +57,7 @@ RULES = [
     (
         "an integer of at least 1, and up to 2^62",
         lambda v: _is_int(v, 1),
-        "seqlen batch_size train_iters gradient_accumulation_steps eval_iters"
+        "seqlen batch_size gradient_accumulation_steps eval_iters"
         " log_interval context_parallel_size data_parallel_replicate_size",
     ),
     (
@@ -67,6 +67,8 @@ RULES = [
         " warmup_iters",
     ),
     ("an integer from 0 to 2^32 - 1", lambda v: _is_int(v, 0, 2**32 - 1), "seed"),
+    # A checkpoint's name has eight digits.
+    ("an integer from 1 to 99999999", lambda v: _is_int(v, 1, 99_999_999), "train_iters"),
     (
         "a number of at least 0",
         lambda v: _is_number(v) and 0 <= v < math.inf,

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from data import IGNORED_LABEL
 
 from . import stop, wandb_run
 from .machine import GPUS, gpu_model, now, peak_memory_gib, seconds_between
-from .process import Watchdog, rank
+from .process import Watchdog, raise_on_all_ranks, rank
 from .stop import log
 
 NO_LABELS = "n/a (no label counts)"
@@ -98,20 +98,30 @@ def check_finite(step: "Step", model: nn.Module, run_again: Callable[[], Tensor]
     )
 
 
+class Batch(NamedTuple):
+    """One step's input. num_labels and area are sums over all ranks."""
+
+    micro_batches: list[tuple]  # each from `main.prepare_magi_attention`
+    num_labels: float  # that are not -100
+    area: float  # (query, key) pairs of the attention mask
+    data_seconds: float  # this rank's time to read its rows
+    plan_seconds: float  # and to build the runtime keys
+
+
 class Step:
     """A step of `train`: queued on the device, and after `wait` complete."""
 
     def __init__(
         self,
         number: int,
-        batch: Any,
+        batch: Batch,
         loss: Tensor,
         grad_norm: Tensor,
         learning_rate: float,
         save_seconds: float,
     ) -> None:
-        """number: the first is 1. batch: main.Batch. It is kept until the step is complete: another
-        stream allocated its memory, and would reuse it. save_seconds: of the checkpoint before it.
+        """number: the first is 1. batch: kept until the step is complete, since another stream
+        allocated its memory, and would reuse it. save_seconds: of the checkpoint before the step.
         """
         self.number, self.batch = number, batch
         self.learning_rate, self.save_seconds = learning_rate, save_seconds
@@ -139,7 +149,8 @@ class MetricsWriter:
     def __init__(self, run_config: dict[str, Any], first_iter: int, world_size: int) -> None:
         """run_config: from `preflight.run_config`. first_iter: the number of completed steps.
 
-        Raises CheckpointError if output_dir has no space for its files, which stay as they are.
+        A collective. Raises CheckpointError on all ranks if output_dir has no space for its files,
+        which stay as they are.
         """
         data_config, train_config = run_config["data_config"], run_config["train_config"]
         self.llama_config = LlamaConfig(**run_config["llama_config"])
@@ -153,40 +164,49 @@ class MetricsWriter:
         self.watchdog.watch(f"step {first_iter + 1}")
         self.file = self.tensorboard = self.wandb = self.profiler = None
         self.start, self.started, self.first_step_end = now(), time.perf_counter(), None
-        if rank() != 0 or first_iter == self.train_iters:
+        if first_iter == self.train_iters:
             return
-        content, path = json.dumps(run_config, indent=2), os.path.join(output_dir, "metrics.jsonl")
-        try:
-            with tempfile.TemporaryFile("w", dir=output_dir) as file:
-                file.write(content)  # a full disk shows here, before a file is changed
-            tokenizer.keep(run_config)
-            if checkpoints(output_dir):
-                _cut_after(path, first_iter)
-            else:  # a new run, or a branch of another
-                _keep_earlier(
-                    output_dir, ["config.json", "metrics.jsonl", "tensorboard", "wandb_id"]
-                )
-            with open(os.path.join(output_dir, "config.json"), "w") as file:
-                file.write(content)
-            # Unbuffered, so that `write` returns how much of a line is in the file.
-            self.file, self.unwritten = open(path, "ab", buffering=0), b""
-            folder = os.path.join(output_dir, "tensorboard")
+        failure = None
+        if rank() == 0:
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                self._open_files(run_config)
+            except (OSError, UnicodeError) as error:
+                failure = CheckpointError(
+                    f"train_config.output_dir={output_dir!r} cannot be written ({error}); free its "
+                    f"disk, or give another"
+                )
+        raise_on_all_ranks(failure)
+        if rank() == 0:
+            if train_config["wandb_project"]:
+                self.wandb = wandb_run.start(run_config)
+            self.profiler = _profiler(train_config["profile_steps"], first_iter, output_dir)
 
-                self.tensorboard = SummaryWriter(folder, purge_step=first_iter + 1, flush_secs=10)
-                events = f"TensorBoard events: {folder}"
-            except ImportError:
-                events = "no TensorBoard events: pip install tensorboard"
-        except OSError as error:
-            raise CheckpointError(
-                f"train_config.output_dir={output_dir!r} cannot be written ({error}); free its "
-                f"disk, or give another"
-            ) from None
+    def _open_files(self, run_config: dict[str, Any]) -> None:
+        content, path = (
+            json.dumps(run_config, indent=2),
+            os.path.join(self.output_dir, "metrics.jsonl"),
+        )
+        with tempfile.TemporaryFile("w", dir=self.output_dir) as file:
+            file.write(content)  # a full disk shows here, before a file is changed
+        tokenizer.keep(run_config)
+        if checkpoints(self.output_dir):
+            _cut_after(path, self.first_iter)
+        else:  # a new run, or a branch of another
+            names = ["config.json", "metrics.jsonl", "tensorboard", "wandb_id"]
+            _keep_earlier(self.output_dir, names)
+        with open(os.path.join(self.output_dir, "config.json"), "w") as file:
+            file.write(content)
+        # Unbuffered, so that `write` returns how much of a line is in the file.
+        self.file, self.unwritten = open(path, "ab", buffering=0), b""
+        folder = os.path.join(self.output_dir, "tensorboard")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(folder, purge_step=self.first_iter + 1, flush_secs=10)
+            events = f"TensorBoard events: {folder}"
+        except ImportError:
+            events = "no TensorBoard events: pip install tensorboard"
         log(f"metrics: {path}; {events}")
-        if train_config["wandb_project"]:
-            self.wandb = wandb_run.start(run_config)
-        self.profiler = _profiler(train_config["profile_steps"], first_iter, output_dir)
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -191,7 +191,11 @@ def check_init_from(only_evaluates: bool = False) -> None:
         weights.check_weights(LlamaForCausalLM(build_llama_config()), folder)
     if source == "random" or not model_config["check_tokenizer"]:
         return
-    paths, resumes = resume.find(run_settings.sections(), restarts())
+    config = run_settings.sections()
+    if only_evaluates:
+        paths, resumes = resume.find_weights(config), True
+    else:
+        paths, resumes = resume.find(config, restarts())
     if not (paths and resumes):  # a run that resumes has started with the same corpus
         keys = data_config["skip_undecodable"], data_config["end_of_text_id"]
         tokenizer.check(open_corpus(f"data_config.{key}", source, *keys), source, folder)

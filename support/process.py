@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -27,19 +27,31 @@ def is_one_node() -> bool:
     return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
 
 
-def rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Returns the store in which the ranks find each other, this rank and the world size.
+def rendezvous(timeout: timedelta) -> dict[str, Any]:
+    """Returns arguments of `init_process_group`: the store in which the ranks find each other.
 
     torchrun keeps its store when it restarts the processes of a node. Each start therefore has keys
     of its own: a rank must not read an address that an earlier start left there. Nodes count
     restarts separately, so on several nodes a scheduler has to restart all of them.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return dist.HashStore(), 0, 1
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1, "timeout": timeout}
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if is_one_node():
         store = dist.PrefixStore(f"start {restarts()}", store)
-    return store, rank, world_size
+    return {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
+
+
+def raise_on_all_ranks(error: Exception | None) -> None:
+    """Raises on all ranks the error that the first of them has; returns if none has one.
+
+    Without it, other ranks would print a broken connection. A collective, on the CPU.
+    """
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def restarts() -> int:
@@ -66,7 +78,14 @@ def lock_output_dir(output_dir: str) -> None:
         ) from None
     if rank() != 0:
         return
-    locks.append(file := open(os.path.join(output_dir, "lock"), "a+"))
+    path = os.path.join(output_dir, "lock")
+    try:
+        locks.append(file := open(path, "a+"))
+    except OSError as error:
+        raise ValueError(
+            f"train_config.output_dir={output_dir!r} cannot be locked ({error}); remove {path} if "
+            f"no run uses it, or give another output_dir"
+        ) from None
     file.seek(0)
     if (content := file.read(8)) and content != "process ":
         raise ValueError(f"{file.name} is not a run's; move it, or give another output_dir")

@@ -45,6 +45,8 @@ def log(message: str) -> None:
     """Prints on rank 0 only. A log that cannot be written does not end the run."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # its reader has ended, or its disk is full
+            # A file name may hold bytes that are not UTF-8.
+            message = message.encode(errors="backslashreplace").decode()
             print(f"{message}\n", end="", flush=True)  # whole lines, also from two threads
 
 

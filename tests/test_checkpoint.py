@@ -127,7 +127,7 @@ def test_a_run_stopped_by_a_signal_resumes_in_another_layout(start, undisturbed,
         last = read_metrics(output_dir)[-1]["step"]
         assert stop.step <= last < ITERS  # the signal takes its time on a busy machine
         assert newest(output_dir).endswith(f"step-{last:08}")
-        assert f"asked to stop: saved step {last}" in running.said
+        assert f"stopping: saved step {last}" in running.said
     ended = start("train_config.gradient_accumulation_steps=2", processes=4, cp=2, every=0)
     assert ended.exit_codes() == [0] * 4, ended.said
     assert "\nresume: parallel_config.context_parallel_size 1 -> 2\n" in ended.said
@@ -246,7 +246,7 @@ def test_ranks_of_a_killed_torchrun_save_and_exit_and_lock_out_a_second_run(tmp_
     assert second.returncode == ERROR_CODE
     assert second.stderr.startswith(f"error: train_config.output_dir='{output_dir}' is in use: ")
     last = read_metrics(output_dir)[-1]["step"]
-    assert f"asked to stop: saved step {last}" in said
+    assert f"stopping: saved step {last}" in said
     assert newest(output_dir).endswith(f"step-{last:08}") and last < train_iters
 
 
@@ -380,6 +380,20 @@ def test_a_file_named_lock_that_is_the_user_s_stays(config, tmp_path):
     ):
         process.lock_output_dir(str(tmp_path))
     assert (tmp_path / "lock").read_text() == "my notes"
+
+
+def test_a_lock_that_cannot_be_opened_is_one_sentence(config, tmp_path):
+    """A folder here; another user's file in a folder of many."""
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(ValueError, match=r"cannot be locked \(.* Is a directory: .*; remove"):
+        process.lock_output_dir(str(tmp_path))
+
+
+def test_an_output_dir_with_the_name_of_a_checkpoint_is_refused(undisturbed, tmp_path):
+    config = config_of(undisturbed[1])
+    config["train_config"]["output_dir"] = f"{tmp_path}/step-00000010/"
+    with pytest.raises(CheckpointError, match="has the name of a checkpoint; give a folder of ano"):
+        checkpoint.resume.check_resume(config)
 
 
 def test_an_output_dir_that_cannot_be_written_ends_the_run_before_step_1(start, tmp_path):

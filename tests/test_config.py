@@ -55,6 +55,7 @@ def test_overrides_take_the_type_of_the_default():
         ("data_config.skip_undecodable=1", "must be true or false"),
         ("model_config.overrides={[1]:2}", "must be a dict"),
         ("model_config.overrides=2", "model_config.overrides=2 must be a dict"),
+        ("train_config.train_iters=100000000", "must be an integer from 1 to 99999999"),
         ("data_config.seqlen=0", "data_config.seqlen=0 must be an integer of at least 1"),
         ("train_config.optimizer_config.learning_rate=-1", "must be a number of at least 0"),
         ("train_config.optimizer_config.learning_rate=NaN", "must be a number of at least 0"),

@@ -243,6 +243,7 @@ def test_a_folder_or_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypa
     (tmp_path / "x.bin").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"x.bin cannot be read \(No such file or directory\); ma"):
         open_data(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # left out: reading it would wait
     (tmp_path / "x.bin").rename(tmp_path / "x.txt")
     with pytest.raises(ValueError, match=r"x.txt cannot be read \(No such file or directory\); ma"):
         open_data(tmp_path)

@@ -259,6 +259,16 @@ def check(source, folder, **keys):
     preflight.check_init_from()
 
 
+def test_an_evaluation_of_the_folder_may_have_a_run_in_output_dir(config, folder, corpus, tmp_path):
+    """Training would overwrite it."""
+    (tmp_path / "metrics.jsonl").touch()
+    train_config.update(resume="never", output_dir=str(tmp_path))
+    data_config["source"], model_config["init_from"] = str(corpus), str(folder)
+    with pytest.raises(ValueError, match="resume='never', but .* holds a run"):
+        preflight.check_init_from()
+    preflight.check_init_from(only_evaluates=True)
+
+
 def test_data_with_other_tokens_than_the_folder_s_is_refused(config, folder, corpus, tmp_path):
     how = f"python -m data prepare INPUT... --tokenizer {folder} --output DIR"
     train_config["output_dir"] = str(tmp_path / "none")

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
+import os
 import runpy
 import sys
 import threading
@@ -18,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import CheckpointError
 from configuration_llama import PRESETS
-from main import Batch
 from modeling_llama import LlamaForCausalLM
-from support import wandb_run
+from support import stop, wandb_run
 from support.metrics import (
+    Batch,
     MetricsWriter,
     _short,
     _write_trace,
@@ -34,6 +36,7 @@ from support.metrics import (
 from support.plot import import_pyplot, plot, plot_by_position
 from support.plot import main as plot_command
 
+pytestmark = pytest.mark.usefixtures("cp_group")
 BATCH = Batch([], num_labels=4090.0, area=1e6, data_seconds=0.002, plan_seconds=0.001)
 KEYS = (
     "step loss grad_norm lr tokens step_ms tokens_per_s tflops_per_gpu mfu peak_memory_gib plan_ms "
@@ -573,3 +576,10 @@ def test_a_tilde_in_the_command_is_the_home_folder(tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match="support.plot"):  # it is imported already
         runpy.run_module("support.plot", run_name="__main__")
     assert (tmp_path / "loss.png").exists()
+
+
+def test_the_log_escapes_bytes_of_a_file_name_that_are_not_utf_8(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", stdout)
+    stop.log(f"data: caf{os.fsdecode(bytes([0xE9]))}.txt, é")
+    assert stdout.buffer.getvalue().decode() == "data: caf\\udce9.txt, é\n"

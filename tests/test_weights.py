@@ -67,6 +67,12 @@ def test_an_export_to_a_folder_that_cannot_be_written_is_one_sentence(undisturbe
         export(str(undisturbed[1]), str(tmp_path / "file" / "hf"), "float32", 5.0)
 
 
+@pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
+def test_a_size_of_files_that_is_none_is_one_sentence(size, undisturbed, tmp_path):
+    with pytest.raises(ValueError, match=f"--max-shard-gib {size} must be a number above 0"):
+        export(str(undisturbed[1]), str(tmp_path / "hf"), "float32", float(size))
+
+
 def test_a_tilde_in_a_command_is_the_home_folder(undisturbed, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(undisturbed[1].parent)
