@@ -22,7 +22,7 @@ from llama_pretrain_config import data_config, model_config, parallel_config, tr
 from modeling_llama import LlamaForCausalLM
 
 from . import config as run_settings
-from . import plan, wandb_run
+from . import plan, plan_report, wandb_run
 from .machine import describe_machine, free_host_memory
 from .process import lock_output_dir, rank, restarts
 from .stop import log
@@ -63,18 +63,18 @@ def set_up(arguments: list[str]) -> Sources:
 def describe_plan(arguments: list[str]) -> str:
     """Returns the text of `--plan`, with the errors of a run. No GPU is needed, nothing written."""
     overrides = [argument for argument in arguments if argument != PLAN]
-    world_size, gpu, overrides = plan.parse(overrides)
+    world_size, gpu, overrides = plan_report.parse(overrides)
     notes = run_settings.resolve(overrides, world_size)
     notes = [note for note in notes if not note.startswith("config: ")]  # as asked
     notes += check_rows()
     llama, dtype = build_llama_config(), train_config["dtype"]
     backend = parallel_config["context_parallel_backend"]
-    kernel = plan.choose_kernel(gpu, llama.head_dim, backend, dtype)
+    kernel = plan_report.choose_kernel(gpu, llama.head_dim, backend, dtype)
     source = open_sources()["train"]
     check_init_from()
     settings = plan.Settings.of(run_settings.sections(), llama, gpu, kernel, world_size)
     lengths = plan.row_lengths(source, settings.seqlen)
-    return "\n".join([*notes, f"data: {source.description}", plan.report(settings, lengths)])
+    return "\n".join([*notes, f"data: {source.description}", plan_report.report(settings, lengths)])
 
 
 def set_environment() -> None:
