@@ -271,7 +271,7 @@ def train(
     checkpointer = checkpoint.Checkpointer(model, optimizer, lr_scheduler, config, log, restarts())
     first_iter = checkpointer.resume()
     sources["train"].first_row = config["first_row"]
-    stop.defer()
+    stop.defer(partial(dist.all_reduce, torch.zeros(1)))
     stream = Stream() if device_mesh.device_type == "cuda" else None
     prepare = partial(prepare_batch, sources["train"], device_mesh, model.config, stream)
 

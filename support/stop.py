@@ -7,10 +7,12 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # USR1: of schedulers
 received: list[int] = []
-deferred = threading.Event()
+asked, deferred = threading.Event(), threading.Event()  # the first: a signal came
 
 
 def listen() -> None:
@@ -31,9 +33,18 @@ def listen() -> None:
     threading.Thread(target=_react, args=(reader,), daemon=True).start()
 
 
-def defer() -> None:
-    """From now on the training loop asks `requested`, and saves before it ends the run."""
+def defer(barrier: Callable[[], Any]) -> None:
+    """From now on the training loop asks `requested`, and saves before it ends the run.
+
+    barrier: of all ranks. If a signal ended another rank before it deferred, this one ends too.
+    """
     deferred.set()
+    try:
+        barrier()
+    except RuntimeError:
+        if not asked.wait(timeout=5):  # this rank's signal may come later
+            raise
+        _end_before_training()
 
 
 def requested() -> bool:
@@ -59,18 +70,23 @@ def _react(reader: int) -> None:
         for number in os.read(reader, 64):
             if number in SIGNALS:
                 received.append(number)
+                asked.set()
                 _answer(number)
 
 
 def _answer(number: int) -> None:
     if not deferred.is_set():
-        log("stopped before training began")
-        os._exit(0)
+        _end_before_training()
     if number == signal.SIGINT:
         if received.count(number) > 1:
             log("stopped without saving")
             os._exit(128 + number)
         log("stopping after this step; Ctrl-C again to leave without saving")
+
+
+def _end_before_training() -> NoReturn:
+    log("stopped before training began")
+    os._exit(0)
 
 
 def _end_as_usual() -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 import torch.distributed as dist
 import transformers
 from conftest import ROOT, environment, free_port, open_data, read_metrics, run, torchrun
 from ranks import Ranks, run_ranks
 
 from data import DataError
-from support import process
+from support import process, stop
 from support.process import ERROR_CODE
 
 # Three steps on English text, of a model that takes a moment.
@@ -243,6 +244,25 @@ def report_error_of_rank_1() -> None:
 def test_an_error_of_one_rank_is_raised_on_all():
     said = Ranks(3, report_error_of_rank_1).finish()
     assert sorted(said.splitlines()) == [f"rank {rank}: damage" for rank in range(3)]
+
+
+def defer_on_rank_1() -> None:
+    def barrier():
+        os.write(1, b"\nrank 1 waits\n")
+        dist.all_reduce(torch.zeros(1))
+
+    stop.listen()
+    dist.init_process_group("gloo")
+    if process.rank() == 1:
+        stop.defer(barrier)
+    while True:
+        signal.pause()
+
+
+def test_a_signal_while_some_ranks_train_already_ends_all_with_0():
+    ranks = Ranks(2, defer_on_rank_1).wait_for("rank 1 waits").signal(signal.SIGTERM)
+    assert ranks.exit_codes() == [0, 0], ranks.said
+    assert "stopped before training began" in ranks.said and "Traceback" not in ranks.said
 
 
 def write_prepared(folder, tokens, vocab_size):
