@@ -33,7 +33,8 @@ def test_before_training_a_signal_ends_the_process(number):
 @pytest.mark.parametrize("number", NUMBERS)
 def test_in_training_a_signal_is_noted(number):
     wait = "[time.sleep(0.01) for _ in iter(stop.requested, True)]; "
-    noted = run_python("stop.listen(); stop.defer(lambda: None); " + kill(number) + wait + "print('saved')")
+    listen = "stop.listen(); stop.defer(lambda: None); "
+    noted = run_python(listen + kill(number) + wait + "print('saved')")
     answer = "stopping after this step; Ctrl-C again to leave without saving\n"
     assert noted.returncode == 0
     assert noted.stdout == (answer if number == signal.SIGINT else "") + "saved\n"

@@ -276,31 +276,32 @@ def write_prepared(folder, tokens, vocab_size):
     (folder / "meta.json").write_text(json.dumps({**meta, "sha256": sha256}))
 
 
-def test_an_error_that_one_rank_finds_while_it_trains_is_one_sentence(tmp_path):
+def test_an_error_that_one_rank_finds_while_it_trains_is_one_sentence(start, tmp_path):
     """First a token that only rank 1 reads, in step 3: step 2 is saved. Then, when the run is
     started again, a file that only rank 0 opens. The other rank has no broken connection.
     """
     write_prepared(tmp_path / "numbered", np.arange(3000), 3000)
-    rows = open_data(tmp_path / "numbered", vocab_size=3000, seqlen=100, batch_size=4)
-    damaged = rows.rows(2 * 4 + 2, 1, 100).tokens[0, 50]
+    rows = open_data(tmp_path / "numbered", vocab_size=3000, seqlen=24, batch_size=4)
+    damaged = rows.rows(2 * 4 + 2, 1, 24).tokens[0, 12]
     tokens = np.random.default_rng(0).integers(257, size=3000)
     tokens[damaged] = 300
     write_prepared(tmp_path / "damaged", tokens, 257)
-    keys = [f"data_config.source={tmp_path}/damaged", f"train_config.output_dir={tmp_path}/run"]
 
-    def train():
-        result = run("bash", "run.sh", *SHORT, *keys, check=False, GPUS_PER_NODE="2")
-        assert result.returncode == ERROR_CODE
-        assert "Traceback" not in result.stdout + result.stderr
-        (error,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
-        return error
+    def train_until_the_error():
+        running = start(f"data_config.source={tmp_path}/damaged", processes=2, every=0)
+        running.wait_for("error: ").ranks[0].join()
+        assert running.ranks[0].exitcode == ERROR_CODE
+        running.kill()  # rank 1 waits until torchrun ends it
+        assert "Traceback" not in running.said
+        return running.said
 
-    assert "token id 300 is larger than 256, so the files are damaged; create them" in train()
+    said = train_until_the_error()
+    assert "error: " in said and "token id 300 is larger than 256, so the files are dama" in said
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
     assert (tmp_path / "run/step-00000002").exists()
     (tmp_path / "run/metrics.jsonl").unlink()
     (tmp_path / "run/metrics.jsonl").mkdir()
-    assert "/run' cannot be written ([Errno 21] Is a directory: " in train()
+    assert "/run' cannot be written ([Errno 21] Is a directory: " in train_until_the_error()
 
 
 def test_under_torchrun_the_report_ends_with_the_error():
