@@ -200,10 +200,10 @@ def prepare_batch(
     for _, labels, cu_seqlens in micro_batches:
         counts[0] += (labels != IGNORED_LABEL).sum()
         counts[1] += metrics.attention_area(cu_seqlens, llama.is_causal)
-    # The sum over dp is the sum over all ranks: cp ranks have the same labels before dispatch.
-    dist.all_reduce(counts, group=device_mesh.get_group("dp"))
+    dist.all_reduce(counts)
     if counts[2]:
         raise_on_all_ranks(damage)
+    counts /= device_mesh["cp"].size()  # cp ranks have the same labels before dispatch
     start = time.perf_counter()
     with torch.cuda.stream(stream):
         prepared = [prepare_magi_attention(*m, llama, device_mesh) for m in micro_batches]

@@ -36,7 +36,7 @@ node_rank=$(setting 0 0 $((nodes > 1 ? nodes - 1 : 99999)) NODE_RANK RANK SLURM_
 port=$(setting "" 1 65535 MASTER_PORT)
 max_restarts=$(setting 0 0 999999 MAX_RESTARTS)
 
-counts=$(python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
+counts=$(trap '' INT; python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
 read -r gpus cores <<<"$counts"
 processes=${processes:-$((gpus > 0 ? gpus : 2))}
 
@@ -57,13 +57,13 @@ fi
 # torchrun answers a signal by ending its workers, within 30 seconds, and then fails itself. So these
 # go past it to the workers, which save and end; torchrun ends when they have, with 0.
 forward() {
-  local workers
+  local workers launcher=${!:-} # bash sets $! with the `&`
+  [[ -n $launcher ]] || { echo "stopped before the processes were started"; exit 0; }
   workers=$(pgrep -P "$launcher" || cat "/proc/$launcher/task/$launcher/children") || true
   if [[ -n $workers ]]; then
     # shellcheck disable=SC2086  # one word for each worker
     kill -s "$1" $workers || true
   else # torchrun starts, or waits for other nodes
-    echo "stopped before the processes were started"
     stopped=1
     kill -s TERM "$launcher" || true
   fi
@@ -86,5 +86,8 @@ while kill -0 "$launcher" 2>/dev/null; do # a signal interrupts `wait`
 done
 code=0
 wait "$launcher" || code=$? # bash remembers it
-[[ -z ${stopped:-} ]] || code=0 # nothing was lost
+if [[ -n ${stopped:-} ]] && ((code == 143)); then # by that TERM, not by an error
+  echo "stopped before the processes were started"
+  code=0
+fi
 exit "$code"

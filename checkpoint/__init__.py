@@ -127,10 +127,9 @@ class Checkpointer:
         "first_row", the row of the data with which the run began.
         Raises CheckpointError if all checkpoints are damaged, or if the config does not fit.
         """
-        if dist.get_rank() == 0:
-            remove_leftovers(self.train_config["output_dir"], self.log)
         found = [None]
         if dist.get_rank() == 0:
+            remove_leftovers(self.train_config["output_dir"], self.log)
             try:
                 found = [find(self.config, self.restarts)]
             except CheckpointError as error:
@@ -181,8 +180,8 @@ class Checkpointer:
     def is_any_stopping(self, requested: bool) -> bool:
         """Returns whether the run has to save and end after this step. A collective, on the CPU.
 
-        requested: whether this rank was asked to stop. The end of torchrun asks too, since nothing
-        else would end this process.
+        requested: whether this rank was asked to stop, or cannot read its next batch. The end of
+        torchrun asks too, since nothing else would end this process.
         """
         is_orphan = self.torchrun not in (None, os.getppid())
         stopping = torch.tensor(float(requested or is_orphan or self.stops_on_failure))

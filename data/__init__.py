@@ -179,7 +179,8 @@ def open_source(
 
     Every seed gives the same validation rows, so that runs can be compared.
 
-    Raises ValueError if the corpus is unreadable or too small, or does not fit vocab_size.
+    Raises ValueError if the corpus is unreadable or too small, or does not fit vocab_size, and
+    DataError if a validation row is damaged.
     """
     key, name = "data_config.source", source
     if split == "validation" and validation_source:
@@ -229,4 +230,9 @@ def open_source(
             f"has only one token; give another corpus"
         )
     description = f"{name}, {len(starts):,} documents, {num_tokens:,} tokens{corpus.note}"
-    return TokenSource(corpus, starts, lengths, 0 if split == "validation" else seed, description)
+    if split == "train":
+        return TokenSource(corpus, starts, lengths, seed, description)
+    opened = TokenSource(corpus, starts, lengths, 0, description)
+    for first_row in range(0, num_batches * batch_size, batch_size):
+        opened.rows(first_row, batch_size, seqlen)  # damage ends the run before it trains
+    return opened

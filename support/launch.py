@@ -1,8 +1,10 @@
 """torchrun, except that an error of `exit_with` is not followed by its report: for run.sh."""
 
 import logging
+import signal
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -13,8 +15,14 @@ if __name__ == "__main__":
     for name in ("api", "errors.error_handler"):
         logger = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
         logger.setLevel(logging.CRITICAL)
+    # `run.sh` sends these to the workers. If a scheduler also sends them here, they change nothing.
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     try:
         main()
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != ERROR_CODE:

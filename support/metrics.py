@@ -175,17 +175,19 @@ class MetricsWriter:
                     f"train_config.output_dir={output_dir!r} cannot be written ({error}); free its "
                     f"disk, or give another"
                 )
-        raise_on_all_ranks(failure)
+        try:
+            raise_on_all_ranks(failure)
+        except CheckpointError as error:
+            self.__exit__(type(error))
+            raise
         if rank() == 0:
             if train_config["wandb_project"]:
                 self.wandb = wandb_run.start(run_config)
             self.profiler = _profiler(train_config["profile_steps"], first_iter, output_dir)
 
     def _open_files(self, run_config: dict[str, Any]) -> None:
-        content, path = (
-            json.dumps(run_config, indent=2),
-            os.path.join(self.output_dir, "metrics.jsonl"),
-        )
+        content = json.dumps(run_config, indent=2)
+        path = os.path.join(self.output_dir, "metrics.jsonl")
         with tempfile.TemporaryFile("w", dir=self.output_dir) as file:
             file.write(content)  # a full disk shows here, before a file is changed
         tokenizer.keep(run_config)

@@ -233,13 +233,13 @@ def run_config(sources: Sources) -> dict[str, Any]:
 
 
 def check_files(sources: Sources) -> None:
-    """Locks output_dir, and checks that the run can resume from it.
+    """Checks that the run can resume from output_dir, and locks it.
 
     A run that only evaluates needs weights, and changes nothing in output_dir.
     """
     if "train" in sources:
+        resume.check_resume(run_config(sources), restarts())  # before the folder is made
         lock_output_dir(train_config["output_dir"])
-        resume.check_resume(run_config(sources), restarts())
     elif not (model_config["init_from"] or resume.find_weights(run_config(sources))):
         raise ValueError(
             f"{EVALUATE} finds no weights: train_config.output_dir={train_config['output_dir']!r} "

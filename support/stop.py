@@ -37,6 +37,7 @@ def defer(barrier: Callable[[], Any]) -> None:
     """From now on the training loop asks `requested`, and saves before it ends the run.
 
     barrier: of all ranks. If a signal ended another rank before it deferred, this one ends too.
+    (torchrun also sends a signal, after another rank's error.)
     """
     deferred.set()
     try:

@@ -208,6 +208,7 @@ def test_a_restarted_run_resumes_and_run_sh_exits_with_0_on_sigterm(undisturbed,
         os.kill(int(workers[-1]), signal.SIGKILL)
         wait_for(f"resume: {output_dir}/step-")
         wait_for("step: 7/")
+        os.kill(int(launcher), signal.SIGUSR1)  # of a scheduler that signals all processes
         running.send_signal(signal.SIGTERM)
         said += running.stdout
         assert running.wait() == 0, "".join(said)
@@ -389,11 +390,11 @@ def test_a_lock_that_cannot_be_opened_is_one_sentence(config, tmp_path):
         process.lock_output_dir(str(tmp_path))
 
 
-def test_an_output_dir_with_the_name_of_a_checkpoint_is_refused(undisturbed, tmp_path):
-    config = config_of(undisturbed[1])
-    config["train_config"]["output_dir"] = f"{tmp_path}/step-00000010/"
-    with pytest.raises(CheckpointError, match="has the name of a checkpoint; give a folder of ano"):
-        checkpoint.resume.check_resume(config)
+def test_an_output_dir_with_the_name_of_a_checkpoint_is_refused_and_not_made(start, tmp_path):
+    running = start(output_dir=tmp_path / "step-00000010")
+    assert running.exit_codes() == [ERROR_CODE]
+    assert "has the name of a checkpoint; give a folder of another name" in running.said
+    assert not (tmp_path / "step-00000010").exists()
 
 
 def test_an_output_dir_that_cannot_be_written_ends_the_run_before_step_1(start, tmp_path):

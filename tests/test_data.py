@@ -573,5 +573,7 @@ def test_what_a_start_leaves_unchecked_is_found_by_verify_or_when_it_is_read(num
     source = open_data(numbers, vocab_size=1000)
     with pytest.raises(data.DataError, match="token id 1000 is larger than 999, so the files"):
         source.rows(0, 16, 64)
+    with pytest.raises(data.DataError, match="token id 1000 is larger than 999"):
+        open_data(numbers, "validation", 1000, 20, validation_source=str(numbers), seqlen=50)
     with pytest.raises(ValueError, match="tokens.bin does not match its checksum"):
         corpus.read_prepared(str(numbers), checked_bytes=float("inf"))

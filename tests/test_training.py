@@ -20,7 +20,10 @@ import transformers
 from conftest import ROOT, environment, free_port, open_data, read_metrics, run, torchrun
 from ranks import Ranks, run_ranks
 
+import main
+from configuration_llama import PRESETS
 from data import DataError
+from llama_pretrain_config import parallel_config
 from support import process, stop
 from support.process import ERROR_CODE
 
@@ -231,18 +234,25 @@ def test_run_sh_says_an_error_that_only_another_rank_has(tmp_path):
     assert result.stderr == "error: no such file here\n"
 
 
-def report_error_of_rank_1() -> None:
+def read_a_row_that_is_damaged_on_rank_1() -> None:
+    def prepare_data(*_):
+        if process.rank() == 1:
+            raise DataError("damage")
+        return [(torch.zeros(6, dtype=torch.int64), torch.zeros(6), torch.tensor([0, 6]))]
+
+    parallel_config["context_parallel_size"] = 3
+    main.prepare_data = prepare_data
     dist.init_process_group("gloo")
-    process.raise_on_all_ranks(None)
     try:
-        process.raise_on_all_ranks(DataError("damage") if process.rank() == 1 else None)
+        main.prepare_batch(None, main.build_mesh(), PRESETS["tiny"], None, 0)
     except DataError as error:
         os.write(1, f"rank {process.rank()}: {error}\n".encode())  # whole lines
     process.end_process()
 
 
-def test_an_error_of_one_rank_is_raised_on_all():
-    said = Ranks(3, report_error_of_rank_1).finish()
+def test_damage_that_only_one_rank_reads_is_an_error_on_all():
+    """Here a cp rank, whose node has a copy of its own."""
+    said = Ranks(3, read_a_row_that_is_damaged_on_rank_1).finish()
     assert sorted(said.splitlines()) == [f"rank {rank}: damage" for rank in range(3)]
 
 
