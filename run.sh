@@ -12,7 +12,6 @@
 #
 # INT (Ctrl-C), TERM, USR1 and HUP make the run save and end with exit code 0. nohup works as usual.
 set -euo pipefail
-trap 'echo "stopped before the processes were started"; exit 0' INT TERM USR1 HUP
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 setting() { # DEFAULT LEAST MOST NAME...: prints the first of these variables that is set
@@ -30,21 +29,11 @@ setting() { # DEFAULT LEAST MOST NAME...: prints the first of these variables th
   done
   echo "$default"
 }
-processes=$(setting "" 1 9999 GPUS_PER_NODE)
+setting "" 1 9999 GPUS_PER_NODE >/dev/null # support/launch.py reads it
 nodes=$(setting 1 1 99999 NNODES WORLD_SIZE)
 node_rank=$(setting 0 0 $((nodes > 1 ? nodes - 1 : 99999)) NODE_RANK RANK SLURM_NODEID)
 port=$(setting "" 1 65535 MASTER_PORT)
 max_restarts=$(setting 0 0 999999 MAX_RESTARTS)
-
-counts=$(trap '' INT; python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
-read -r gpus cores <<<"$counts"
-processes=${processes:-$((gpus > 0 ? gpus : 2))}
-
-if ((gpus > 0)); then
-  # As many hardware queues as MagiAttention wants to overlap communication with computation.
-  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
-fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
 ((nodes > 1)) || node_rank=0
 if ((nodes == 1)) && [[ -z $port ]]; then
@@ -74,8 +63,8 @@ for signal in INT TERM USR1 HUP; do
 done
 # Without stdin: whatever asks the terminal in this process group would be stopped.
 set -m # a process group of its own: the terminal's Ctrl-C does not reach torchrun
-python -m support.launch "${rendezvous[@]}" --nproc-per-node "$processes" \
-  --max-restarts "$max_restarts" --signals-to-handle SIGTERM,SIGINT,SIGQUIT main.py "$@" </dev/null &
+python -m support.launch "${rendezvous[@]}" --max-restarts "$max_restarts" \
+  --signals-to-handle SIGTERM,SIGINT,SIGQUIT main.py "$@" </dev/null &
 launcher=$!
 set +m
 if ((nodes > 1)); then

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -345,6 +346,35 @@ def test_a_variable_of_run_sh_that_is_no_number_is_one_sentence(variables, sente
     assert result.returncode == ERROR_CODE
     assert result.stderr.startswith("error: ") and sentence in result.stderr
     assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "gpus, variables, expected",
+    [
+        (0, {}, ("2", "2", "")),
+        (4, {}, ("4", "1", "8")),
+        (4, {"GPUS_PER_NODE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}, ("1", "4", "32")),
+        (0, {"GPUS_PER_NODE": "3", "OMP_NUM_THREADS": "7"}, ("3", "7", "")),
+    ],
+)
+def test_the_launcher_starts_a_process_for_each_gpu(gpus, variables, expected, monkeypatch):
+    """And shares four cores among them."""
+    found = []
+
+    def main():
+        threads, queues = map(os.environ.get, ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS"))
+        found.append((*sys.argv, threads, queues))
+
+    for name in ("GPUS_PER_NODE", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.setenv(name, variables.get(name, ""))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.distributed.run.main", main)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["launch", "--standalone", "main.py"])
+    runpy.run_module("support.launch", run_name="__main__")
+    processes, *environment = expected
+    assert found == [("launch", "--nproc-per-node", processes, *sys.argv[3:], *environment)]
 
 
 def test_a_crash_keeps_the_launcher_s_report(tmp_path):
