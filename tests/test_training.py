@@ -1,7 +1,6 @@
 """What only whole runs show: the launcher, several nodes, the files of a run, and how runs fail."""
 
 import gzip
-import hashlib
 import json
 import os
 import runpy
@@ -20,6 +19,7 @@ import torch.distributed as dist
 import transformers
 from conftest import ROOT, environment, free_port, open_data, read_metrics, run, torchrun
 from ranks import Ranks, run_ranks
+from test_data import write_prepared
 
 import main
 from configuration_llama import PRESETS
@@ -276,27 +276,17 @@ def test_a_signal_while_some_ranks_train_already_ends_all_with_0():
     assert "stopped before training began" in ranks.said and "Traceback" not in ranks.said
 
 
-def write_prepared(folder, tokens, vocab_size):
-    """Writes tokens as a prepared folder: documents of 75 tokens."""
-    arrays = {"tokens.bin": tokens.astype(np.uint16), "offsets.bin": np.arange(0, 3001, 75)}
-    folder.mkdir()
-    for name, array in arrays.items():
-        array.tofile(folder / name)
-    sha256 = {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()}
-    meta = {"vocab_size": vocab_size, "dtype": "uint16", "num_tokens": 3000, "num_documents": 40}
-    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": sha256}))
-
-
 def test_an_error_that_one_rank_finds_while_it_trains_is_one_sentence(start, tmp_path):
     """First a token that only rank 1 reads, in step 3: step 2 is saved. Then, when the run is
     started again, a file that only rank 0 opens. The other rank has no broken connection.
     """
-    write_prepared(tmp_path / "numbered", np.arange(3000), 3000)
+    starts = np.arange(0, 3001, 75)
+    write_prepared(tmp_path / "numbered", np.arange(3000), starts, 3000)
     rows = open_data(tmp_path / "numbered", vocab_size=3000, seqlen=24, batch_size=4)
     damaged = rows.rows(2 * 4 + 2, 1, 24).tokens[0, 12]
     tokens = np.random.default_rng(0).integers(257, size=3000)
     tokens[damaged] = 300
-    write_prepared(tmp_path / "damaged", tokens, 257)
+    write_prepared(tmp_path / "damaged", tokens, starts, 257)
 
     def train_until_the_error():
         running = start(f"data_config.source={tmp_path}/damaged", processes=2, every=0)
