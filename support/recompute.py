@@ -268,18 +268,16 @@ def _never(packed: object) -> Tensor:
 
 
 class _Host:
-    """Page-locked host memory, shared by all layers. Each step uses its blocks again.
-
-    One stream makes all copies, in their order, so a block that is free can be filled at once.
-    """
+    """Page-locked host memory, shared by all layers. Each step uses its blocks again."""
 
     def __init__(self) -> None:
+        # One stream makes all copies, in their order: a block that is free can be filled at once.
         self.stream, self.free, self.newest = torch.cuda.Stream(), [], lambda: None
 
-    def take(self, num: int) -> list[Tensor]:
-        while len(self.free) < num:
-            self.free.append(torch.empty(HOST_BLOCK_SIZE, dtype=torch.uint8, pin_memory=True))
-        return [self.free.pop() for _ in range(num)]
+    def take(self) -> Tensor:
+        if not self.free:
+            return torch.empty(HOST_BLOCK_SIZE, dtype=torch.uint8, pin_memory=True)
+        return self.free.pop()
 
 
 class _Offloaded:
@@ -288,64 +286,44 @@ class _Offloaded:
     """
 
     def __init__(self, host: _Host) -> None:
-        self.host, self.tensors, self.blocks, self.loaded = host, [], [], None
+        self.host, self.kept, self.blocks, self.copied = host, {}, [], host.stream.record_event()
         # Weak: a strong reference would keep the tensors of two forwards, if both come first.
         self.before, host.newest = host.newest, weakref.ref(self)
         if before := self.before():
-            before.store()
+            before._copy(to_host=True)
 
     def keep(self, x: Tensor) -> Callable[[], Tensor]:
-        """Returns a function for backward that returns x."""
-        x = x.detach()
+        x, key = x.detach(), (x.data_ptr(), x.shape)
         if x.nbytes < SMALLEST_OFFLOADED or not x.is_contiguous():
             return lambda: x
-        index = next((i for i, y in enumerate(self.tensors) if y.is_set_to(x)), len(self.tensors))
-        if index == len(self.tensors):  # attention's output is kept twice
-            self.tensors.append(x)
-        return lambda: self.get(index)
-
-    def store(self) -> None:
-        """Begins to copy to the host."""
-        self.blocks = [self.host.take(len(_parts(x))) for x in self.tensors]
-        self._copy(to_host=True)
+        self.kept[key] = x  # once, where attention keeps its output twice
+        return lambda: self._get(key)
 
     def free_layer_before(self) -> None:
         """Lets the GPU's memory of the layer before be used again, when its copies are made."""
         if before := self.before():
-            torch.cuda.current_stream().wait_stream(self.host.stream)
-            before.tensors = [x.to("meta") for x in before.tensors]
+            torch.cuda.current_stream().wait_event(before.copied)
+            before.kept = {key: x.to("meta") for key, x in before.kept.items()}
 
-    def load(self) -> None:
-        """Begins to copy to the GPU."""
-        if not any(x.is_meta for x in self.tensors):
-            return
-        self.tensors = [torch.empty_like(x, device="cuda") for x in self.tensors]
-        self._copy(to_host=False)
-        self.loaded = self.host.stream.record_event()
+    def _get(self, key: tuple) -> Tensor:
+        for layer in filter(None, [self, self.before()]):
+            if any(x.is_meta for x in layer.kept.values()):
+                layer.kept = {k: torch.empty_like(x, device="cuda") for k, x in layer.kept.items()}
+                layer._copy(to_host=False)
+        torch.cuda.current_stream().wait_event(self.copied)
+        return self.kept[key]
 
     def _copy(self, to_host: bool) -> None:
+        flat = [x.view(-1).view(torch.uint8) for x in self.kept.values()]
+        parts = [part for x in flat for part in x.split(HOST_BLOCK_SIZE)]
+        self.blocks = self.blocks or [self.host.take() for _ in parts]
         self.host.stream.wait_stream(torch.cuda.current_stream())  # it may still use this memory
         with torch.cuda.stream(self.host.stream):
-            for x, blocks in zip(self.tensors, self.blocks, strict=True):
-                for part, block in zip(_parts(x), blocks, strict=True):
-                    block = block[: len(part)]
-                    source, target = (part, block) if to_host else (block, part)
-                    target.copy_(source, non_blocking=True)
-
-    def get(self, index: int) -> Tensor:
-        self.load()
-        if before := self.before():
-            before.load()
-        if self.loaded:
-            torch.cuda.current_stream().wait_event(self.loaded)
-        return self.tensors[index]
+            for part, block in zip(parts, self.blocks, strict=True):
+                source, target = (part, block) if to_host else (block, part)
+                target[: len(part)].copy_(source[: len(part)], non_blocking=True)
+        self.copied = self.host.stream.record_event()
 
     def __del__(self) -> None:
-        if self.loaded:  # the GPU's memory is free after the copy, which backward may not need
-            torch.cuda.current_stream().wait_event(self.loaded)
-        for blocks in self.blocks:
-            self.host.free += blocks
-
-
-def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    return x.view(-1).view(torch.uint8).split(HOST_BLOCK_SIZE)
+        torch.cuda.current_stream().wait_event(self.copied)  # backward may not need all of them
+        self.host.free += self.blocks

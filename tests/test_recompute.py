@@ -382,7 +382,7 @@ def test_offload_keeps_the_last_layer_and_brings_one_back_ahead(
 
     def on_device() -> list[int]:
         layers = [ref() for ref in made]
-        return [sum(not x.is_meta for x in y.tensors) if y else 0 for y in layers]
+        return [sum(not x.is_meta for x in y.kept.values()) if y else 0 for y in layers]
 
     run_again = recompute._Recomputed._run_again
     monkeypatch.setattr(
