@@ -5,7 +5,8 @@
 #   bash tests/eight_gpus.sh OUTPUT layouts kill   # some of them
 #
 #   layouts  each dp x cp, and replicas, with each backend: equal losses and gradient norms
-#   kill     a run that ends with SIGKILL resumes on another layout
+#   kill     a run that ends with SIGKILL resumes on another layout; unlike the run that it is compared
+#            with, it offloads activations, and uses magi_attention where that is installed
 #   speed    tokens/s and memory at the largest cp, and of FSDP without cp, on two GPUs and on all
 #   large    llama-8b with rows of 131,072 tokens, beside --plan
 #
@@ -63,10 +64,11 @@ layouts() {
 kill_and_resume() {
   rm -rf "$output/whole" "$output/killed"
   local steps=("${small[@]}" train_config.train_iters=6
-    parallel_config.context_parallel_backend=native)
+    parallel_config.context_parallel_backend=native train_config.activation_checkpointing=selective)
   local at_cp_n=(parallel_config.context_parallel_size="$n" train_config.output_dir="$output")
   run whole main.py "${steps[@]}" "${at_cp_n[@]}/whole" || return
-  steps+=(train_config.checkpoint_interval=1 train_config.keep_last=0)
+  steps+=(train_config.checkpoint_interval=1 train_config.keep_last=0
+    train_config.activation_offload=true parallel_config.context_parallel_backend="${backends[-1]}")
   run killed-first main.py "${steps[@]}" "${at_cp_n[@]}/killed" >/dev/null &
   until [[ -e $output/killed/step-00000003 ]] || ! kill -0 $!; do sleep 0.1; done
   pkill -KILL -f "output_dir=$output/killed$" # the launcher and its processes
