@@ -32,7 +32,8 @@ from torch import Tensor
 
 import main
 from context_parallel import calc_attn, kernels, load_api, native, select_backend
-from support import config, machine, metrics, report
+from support import config, machine, report
+from support.flops import attention_area
 from support.process import end_process, exit_with, rank
 
 BACKEND = "parallel_config.context_parallel_backend="
@@ -211,7 +212,7 @@ def measure_kernels(write: Callable[[dict], None]) -> None:
             torch.randn(sum(lengths), heads, head_dim, device="cuda", dtype=torch.bfloat16)
             for heads in (HEADS[0], HEADS[1], HEADS[1], HEADS[0])
         )
-        flops = 4 * metrics.attention_area(cu_seqlens, causal) * HEADS[0] * head_dim
+        flops = 4 * attention_area(cu_seqlens, causal) * HEADS[0] * head_dim
         for kernel, attend in attentions(cu_seqlens, causal, head_dim).items():
             result = {"kernel": kernel, "mask": mask, "head_dim": head_dim}
             forward, both = kernel_seconds(attend, q, k, v, grad)

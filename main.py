@@ -35,6 +35,7 @@ from data import IGNORED_LABEL, DataError, Source
 from llama_pretrain_config import data_config, model_config, parallel_config, train_config
 from modeling_llama import LlamaForCausalLM
 from support import metrics, stop
+from support.flops import attention_area
 from support.preflight import build_llama_config, group_timeout, run_config, set_up, with_timeout
 from support.process import end_process, exit_with, raise_on_all_ranks, rendezvous, restarts
 from support.recompute import apply_compile, apply_recompute
@@ -199,7 +200,7 @@ def prepare_batch(
     data_seconds = time.perf_counter() - start
     for _, labels, cu_seqlens in micro_batches:
         counts[0] += (labels != IGNORED_LABEL).sum()
-        counts[1] += metrics.attention_area(cu_seqlens, llama.is_causal)
+        counts[1] += attention_area(cu_seqlens, llama.is_causal)
     dist.all_reduce(counts)
     if counts[2]:
         raise_on_all_ranks(damage)

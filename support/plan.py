@@ -30,8 +30,8 @@ from data import Source
 from modeling_llama import LOSS_SLICE_SIZE
 
 from .config import sections
+from .flops import attention_area, training_flops
 from .machine import GPUS, gpu_model
-from .metrics import attention_area, training_flops
 from .recompute import HOST_BLOCK_SIZE, MLP_SLICE_SIZE
 
 ALLOCATOR_GIB = 0.07  # cuBLAS workspaces and rounding: the measured rest

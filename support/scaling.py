@@ -25,8 +25,8 @@ from context_parallel.chunks import balanced_chunk_size, balanced_partitions, ch
 from data import open_source
 from llama_pretrain_config import data_config
 
+from .flops import training_flops
 from .machine import describe_machine
-from .metrics import training_flops
 from .plot import import_pyplot
 from .report import by_case, newest_series
 

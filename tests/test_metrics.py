@@ -22,16 +22,15 @@ from checkpoint import CheckpointError
 from configuration_llama import PRESETS
 from modeling_llama import LlamaForCausalLM
 from support import stop, wandb_run
+from support.flops import attention_area, training_flops
 from support.metrics import (
     Batch,
     MetricsWriter,
     _short,
     _write_trace,
-    attention_area,
     format_step,
     log_evaluation,
     sums_by_position,
-    training_flops,
 )
 from support.plot import import_pyplot, plot, plot_by_position
 from support.plot import main as plot_command
