@@ -29,7 +29,7 @@ from context_parallel.native import KEEP, not_saved
 
 MLP_SLICE_SIZE = 16_384  # tokens whose MLP activations exist at a time
 HOST_BLOCK_SIZE = 2**25  # bytes; PyTorch rounds pinned memory up to a power of two
-SMALLEST_OFFLOADED = 2**20  # bytes; a smaller tensor would leave most of a block empty
+SMALLEST_OFFLOADED = 2**20  # bytes; a smaller tensor is not worth a block
 
 
 def apply_recompute(model: nn.Module, mode: str, offload: bool = False) -> None:
@@ -272,7 +272,7 @@ class _Host:
 
     def __init__(self) -> None:
         # One stream makes all copies, in their order: a block that is free can be filled at once.
-        self.stream, self.free, self.newest = torch.cuda.Stream(), [], lambda: None
+        self.stream, self.free, self.newest_layer = torch.cuda.Stream(), [], lambda: None
 
     def take(self) -> Tensor:
         if not self.free:
@@ -286,9 +286,10 @@ class _Offloaded:
     """
 
     def __init__(self, host: _Host) -> None:
-        self.host, self.kept, self.blocks, self.copied = host, {}, [], host.stream.record_event()
+        self.host, self.kept, self.blocks = host, {}, []
+        self.copied = host.stream.record_event()  # until its own copies: of earlier layers
         # Weak: a strong reference would keep the tensors of two forwards, if both come first.
-        self.before, host.newest = host.newest, weakref.ref(self)
+        self.before, host.newest_layer = host.newest_layer, weakref.ref(self)
         if before := self.before():
             before._copy(to_host=True)
 
@@ -300,9 +301,8 @@ class _Offloaded:
         return lambda: self._get(key)
 
     def free_layer_before(self) -> None:
-        """Lets the GPU's memory of the layer before be used again, when its copies are made."""
         if before := self.before():
-            torch.cuda.current_stream().wait_event(before.copied)
+            torch.cuda.current_stream().wait_event(before.copied)  # then its memory is free
             before.kept = {key: x.to("meta") for key, x in before.kept.items()}
 
     def _get(self, key: tuple) -> Tensor:
@@ -325,5 +325,5 @@ class _Offloaded:
         self.copied = self.host.stream.record_event()
 
     def __del__(self) -> None:
-        torch.cuda.current_stream().wait_event(self.copied)  # backward may not need all of them
+        torch.cuda.current_stream().wait_event(self.copied)  # a copy may be under way
         self.host.free += self.blocks

@@ -71,8 +71,14 @@ kill_and_resume() {
     train_config.activation_offload=true parallel_config.context_parallel_backend="${backends[-1]}")
   run killed-first main.py "${steps[@]}" "${at_cp_n[@]}/killed" >/dev/null &
   until [[ -e $output/killed/step-00000003 ]] || ! kill -0 $!; do sleep 0.1; done
-  pkill -KILL -f "output_dir=$output/killed$" # the launcher and its processes
+  local launcher
+  launcher=$(pgrep -P $!) && kill -KILL "$launcher" $(pgrep -P "$launcher") # and its processes
   wait
+  if [[ ! -e $output/killed/step-00000003 || -e $output/killed/step-00000006 ]]; then
+    say "no run was killed between steps 3 and 6: see $output/killed-first.log"
+    failed=1
+    return
+  fi
   say "killed with $(cd "$output/killed" && echo step-*)"
   run killed main.py "${steps[@]}" parallel_config.context_parallel_size=$((n >= 4 ? 2 : 1)) \
     train_config.output_dir="$output/killed" || return
