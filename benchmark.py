@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmark.py                      # all cases that fit 80 GB
     torchrun --nproc-per-node 2 benchmark.py 8k 128k-selective    # some of them
     torchrun --nproc-per-node 2 benchmark.py 8k parallel_config.context_parallel_backend=native
-    python benchmark.py data_config.seqlen=512 model_config.preset=tiny train_config.compile=false
+    python benchmark.py --results cpu.jsonl data_config.seqlen=512 model_config.preset=tiny
     python benchmark.py --kernels                                 # on one GPU
     python benchmark.py --report                                  # tables and plot, no measurement
 
@@ -78,7 +78,7 @@ CASES = {
     "1m-full-offload": Case(1_048_576, 0, "full", 1, offload=True),
     "1m-selective": Case(1_048_576, 0, "selective", 1),
 }
-LARGE = "128k", "1m-selective", "2m-documents-full"  # which need more than 80 GB
+LARGE = "128k", "128k-documents", "1m-selective", "2m-documents-full"  # which need more than 80 GB
 
 
 def random_lengths(total: int, mean: int) -> list[int]:

@@ -202,7 +202,7 @@ def test_a_restarted_run_resumes_and_run_sh_exits_with_0_on_sigterm(undisturbed,
             assert said[-1], "".join(said)
 
     try:
-        wait_for("step: 4/")
+        wait_for(f"saved: {output_dir}/step-00000002")
         (launcher,) = run("pgrep", "-P", running.pid).stdout.split()
         workers = run("pgrep", "-P", launcher).stdout.split()
         os.kill(int(workers[-1]), signal.SIGKILL)

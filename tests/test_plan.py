@@ -244,6 +244,17 @@ def test_the_parts_add_up_to_the_peak():
 
 
 @pytest.mark.usefixtures("config")
+@pytest.mark.parametrize("name", benchmark.CASES)
+def test_the_benchmark_runs_by_itself_what_fits_two_gpus_of_80_gb(name, tmp_path):
+    if benchmark.CASES[name].documents == benchmark.RANDOM_DOCUMENTS:
+        benchmark.write_random_documents(tmp_path / benchmark.RANDOM_DOCUMENTS, 128_256)
+    on_gpu = ["train_config.dtype=bfloat16", "train_config.compile=true"]
+    case = [*benchmark.overrides(benchmark.CASES[name], str(tmp_path)), *on_gpu]
+    said = preflight.describe_plan(["world_size=2", *case])
+    assert ("does not fit" in said) == (name in benchmark.LARGE)
+
+
+@pytest.mark.usefixtures("config")
 def test_the_page_shows_what_the_command_prints():
     assert preflight.describe_plan(LONG) in (ROOT / "docs/plan.md").read_text()
 
