@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from configuration_llama import LlamaConfig
 from context_parallel.chunks import balanced_chunk_size, balanced_partitions, chunk_areas
@@ -122,6 +123,16 @@ class Share(NamedTuple):
     area: float  # pairs of all cp ranks
 
 
+class Dealt(NamedTuple):
+    """A packed sequence as `native.magi_attn_varlen_key` deals it out to the cp ranks."""
+
+    chunk_size: int
+    padded: int  # tokens of the padded sequence
+    gathers: bool  # whether a document is cut
+    areas: list[int]  # (query, key) pairs of each rank
+    pieces: list[Tensor]  # of each rank, as `find_pieces` returns them
+
+
 class Estimate(NamedTuple):
     host: float  # GiB of pinned host memory for each GPU
     moments: dict[str, dict[str, float]]  # GiB on each GPU by part, at each moment
@@ -176,17 +187,24 @@ def estimate(settings: Settings, lengths: Callable[[int], list[int]]) -> Estimat
 
 @functools.lru_cache(maxsize=1024)
 def share(documents: tuple[int, ...], causal: bool, cp_size: int) -> Share:
-    """documents: tokens of each in a micro-batch, dealt out as by `native.magi_attn_varlen_key`."""
+    """documents: tokens of each in a micro-batch."""
     bounds = torch.tensor([0, *documents]).cumsum(0)
-    chunk_size = balanced_chunk_size(bounds, causal, cp_size)
-    areas = chunk_areas(bounds, chunk_size, causal, cp_size)
-    ranks, size = balanced_partitions(areas, cp_size), len(areas) * chunk_size
-    padded = F.pad(bounds, (0, 1), value=size)
-    pieces = [find_pieces(padded, chunk_size, torch.tensor(chunks), causal) for chunks in ranks]
-    gathers = any((x[:2] != x[2:]).any() for x in pieces)
-    keys = max(int((x[3] - x[2]).sum()) for x in pieces) if gathers else 0
-    pairs = max(sum(areas[chunk] for chunk in chunks) for chunks in ranks)
-    return Share(size // cp_size, pairs, keys, attention_area(bounds, causal))
+    dealt = deal(bounds, causal, cp_size)
+    keys = max(int((x[3] - x[2]).sum()) for x in dealt.pieces) if dealt.gathers else 0
+    area = attention_area(bounds, causal)
+    return Share(dealt.padded // cp_size, max(dealt.areas), keys, area)
+
+
+def deal(cu_seqlens: Tensor, causal: bool, cp_size: int) -> Dealt:
+    """cu_seqlens: [documents + 1], on the CPU."""
+    chunk_size = balanced_chunk_size(cu_seqlens, causal, cp_size)
+    areas = chunk_areas(cu_seqlens, chunk_size, causal, cp_size)
+    ranks, padded = balanced_partitions(areas, cp_size), len(areas) * chunk_size
+    bounds = F.pad(cu_seqlens.long(), (0, 1), value=padded)
+    pieces = [find_pieces(bounds, chunk_size, torch.tensor(chunks), causal) for chunks in ranks]
+    gathers = any(bool((x[:2] != x[2:]).any()) for x in pieces)
+    rank_areas = [sum(areas[chunk] for chunk in chunks) for chunks in ranks]
+    return Dealt(chunk_size, padded, gathers, rank_areas, pieces)
 
 
 def memory(settings: Settings, share: Share) -> dict[str, dict[str, float]]:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from configuration_llama import PRESETS
 from context_parallel import native
-from context_parallel.chunks import balanced_chunk_size, balanced_partitions, chunk_areas
+from context_parallel.chunks import balanced_chunk_size
 from data import open_source
 from llama_pretrain_config import data_config
 
 from .flops import training_flops
 from .machine import describe_machine
+from .plan import Dealt, deal
 from .plot import import_pyplot
 from .report import by_case, newest_series
 
@@ -50,16 +51,6 @@ class Rates(NamedTuple):
     products: float  # matrix products, with all of a step except attention
     native: dict[str, float]  # {mask: FlashAttention-4, forward and backward}
     magi_attention: dict[str, float]
-
-
-class Work(NamedTuple):
-    """The ranks' work, as planned."""
-
-    chunk_size: int
-    padded: int  # tokens of the padded sequence
-    gathers: bool  # whether a document is cut
-    areas: list[int]  # (query, key) pairs of each rank
-    needed: list[int]  # rows of K and V that a rank's queries see and another rank holds
 
 
 class Point(NamedTuple):
@@ -97,24 +88,19 @@ def document_lengths(kind: str, seqlen: int) -> list[int]:
     return np.diff(ends).tolist()
 
 
-def plan_ranks(cu_seqlens: Tensor, cp_size: int, causal: bool = True) -> Work:
-    """Returns the work of all ranks. cu_seqlens: [documents + 1], on the CPU."""
-    chunk_size = balanced_chunk_size(cu_seqlens, causal, cp_size)
-    areas = chunk_areas(cu_seqlens, chunk_size, causal, cp_size)
-    partitions = balanced_partitions(areas, cp_size)
-    total, padded = int(cu_seqlens[-1]), len(areas) * chunk_size
-    bounds = torch.cat([cu_seqlens.long(), torch.tensor([padded])])
-    needed, gathers = [], False
-    for chunks in map(torch.tensor, partitions):
-        pieces = native.find_pieces(bounds, chunk_size, chunks, causal)
-        gathers |= bool((pieces[:2] != pieces[2:]).any())
-        first, last, first_key, last_key = pieces[:, pieces[0] < total]  # without padding
+def needed_rows(dealt: Dealt, num_tokens: int) -> list[int]:
+    """Returns for each rank the rows of K and V that its queries see and that another rank holds.
+
+    num_tokens: without padding.
+    """
+    needed = []
+    for pieces in dealt.pieces:
+        first, last, first_key, last_key = pieces[:, pieces[0] < num_tokens]
         # A document's last piece sees all keys that its other pieces see.
         is_last = torch.ones_like(first, dtype=torch.bool)
         is_last[:-1] = first_key[1:] != first_key[:-1]
         needed.append(int((last_key - first_key)[is_last].sum() - (last - first).sum()))
-    rank_areas = [sum(areas[chunk] for chunk in chunks) for chunks in partitions]
-    return Work(chunk_size, padded, gathers, rank_areas, needed)
+    return needed
 
 
 def planning_seconds(cu_seqlens: Tensor, cp_size: int, repeats: int = 3) -> float:
@@ -155,7 +141,7 @@ def measured_rates(results: list[dict]) -> Rates:
 def predict(kind: str, seqlen: int, cp_size: int, rates: Rates) -> Point:
     """`selective` recomputation: matrix products run forward twice, attention once."""
     cu_seqlens = torch.tensor([0, *document_lengths(kind, seqlen)]).cumsum(0, dtype=torch.int32)
-    work = plan_ranks(cu_seqlens, cp_size)
+    work = deal(cu_seqlens, True, cp_size)
     layers, head = MODEL.num_hidden_layers, MODEL.hidden_size * MODEL.vocab_size
     layer = (training_flops(MODEL, 1, 0) / 6 - head) / layers  # weights
     token_seconds = work.padded / cp_size / rates.products  # of a FLOP per token
@@ -168,7 +154,8 @@ def predict(kind: str, seqlen: int, cp_size: int, rates: Rates) -> Point:
 
     link = WITHIN_NODE if cp_size <= GPUS_PER_NODE else BETWEEN_NODES
     others = (cp_size - 1) / cp_size
-    gathered, needed = ROW_BYTES * work.padded * others * work.gathers, ROW_BYTES * max(work.needed)
+    gathered = ROW_BYTES * work.padded * others * work.gathers
+    needed = ROW_BYTES * max(needed_rows(work, seqlen))
     # FSDP, while the GPU computes: weights in bfloat16 twice, then gradients in float32.
     fsdp = (layers * layer + 2 * head) * (2 + 2 + 4) * others / link
     exchange = layers * EXCHANGES * gathered

@@ -14,7 +14,7 @@ from conftest import ROOT, environment, read_metrics
 import main
 from context_parallel import native
 from context_parallel.chunks import balanced_chunk_size, balanced_partitions, chunk_areas
-from support import scaling
+from support import plan, scaling
 
 
 def random_cu_seqlens(seed: int, documents: int = 6, longest: int = 90) -> torch.Tensor:
@@ -44,23 +44,24 @@ CASES = [(seed, cp_size, causal) for seed in range(4) for cp_size in (2, 5) for 
 @pytest.mark.parametrize("seed, cp_size, causal", CASES)
 def test_areas_and_needed_rows_are_those_of_the_mask(seed, cp_size, causal):
     cu_seqlens = random_cu_seqlens(seed)
-    work = scaling.plan_ranks(cu_seqlens, cp_size, bool(causal))
+    work = plan.deal(cu_seqlens, bool(causal), cp_size)
     mask, total = mask_of(cu_seqlens, bool(causal)), int(cu_seqlens[-1])
+    needed = scaling.needed_rows(work, total)
     dealt = dealt_tokens(cu_seqlens, work.chunk_size, bool(causal), cp_size)
     assert work.padded == sum(map(len, dealt))
     for rank, tokens in enumerate(dealt):
         own = [token for token in tokens if token < total]
         seen = mask[own].any(dim=0)
         assert work.areas[rank] == mask[own].sum()
-        assert work.needed[rank] == seen.sum() - seen[own].sum()
-    assert work.gathers or not any(work.needed)
+        assert needed[rank] == seen.sum() - seen[own].sum()
+    assert work.gathers or not any(needed)
 
 
 @pytest.mark.parametrize("lengths, cp_size", [([64] * 8, 4), ([256], 1)])
 def test_documents_that_are_not_cut_need_no_rows(lengths, cp_size):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    work = scaling.plan_ranks(cu_seqlens, cp_size)
-    assert not work.gathers and work.needed == [0] * cp_size
+    work = plan.deal(cu_seqlens, True, cp_size)
+    assert not work.gathers and scaling.needed_rows(work, sum(lengths)) == [0] * cp_size
 
 
 @pytest.mark.parametrize("seed, cp_size, causal", CASES)
