@@ -4,6 +4,7 @@ resume.py finds the checkpoint that a run begins with. format.py writes, checks 
 of a checkpoint. __main__.py has the commands.
 """
 
+import errno
 import json
 import os
 import time
@@ -26,6 +27,7 @@ from .format import (
     CheckpointError,
     Reader,
     Writer,
+    checkpoints,
     find_damage,
     read_manifest,
     remove_leftovers,
@@ -142,6 +144,9 @@ class Checkpointer:
         if not path:
             self.config["first_row"] = 0
             return 0
+        self.writer.damaged = {os.path.abspath(x) for x in paths[: paths.index(path)]}
+        if path in checkpoints(self.train_config["output_dir"]):
+            self.writer.newest = os.path.abspath(path)
         manifest = read_manifest(path)
         if not resumes:
             self._continue(path, manifest)
@@ -209,6 +214,21 @@ class Checkpointer:
         self.wait_for_save()
         if self.stops_on_failure:
             raise CheckpointError(self.failure)
+        self._begin_save(step)
+        if stop or step == self.train_config["train_iters"]:
+            self.wait_for_save()
+            if self.failure:  # there may be room now
+                self._begin_save(step)
+                self.wait_for_save()
+            if self.failure:
+                raise CheckpointError(self.failure)
+            if stop and step < self.train_config["train_iters"]:
+                resume = self.train_config["resume"]
+                same = " with train_config.resume=auto" if resume == "never" else ""
+                self.log(f"stopping: saved step {step}; the same command{same} resumes")
+        return time.perf_counter() - start
+
+    def _begin_save(self, step: int) -> None:
         self.writer.manifest = {
             "step": step,
             "world_size": dist.get_world_size(),
@@ -224,15 +244,6 @@ class Checkpointer:
             planner=dcp.DefaultSavePlanner(enable_plan_caching=not self.ever_failed),
             process_group=self.group,
         )
-        if stop or step == self.train_config["train_iters"]:
-            self.wait_for_save()
-            if self.failure:
-                raise CheckpointError(self.failure)
-            if stop and step < self.train_config["train_iters"]:
-                resume = self.train_config["resume"]
-                same = "" if resume == "auto" else " with train_config.resume=auto"
-                self.log(f"stopping: saved step {step}; the same command{same} resumes")
-        return time.perf_counter() - start
 
     def wait_for_save(self) -> None:
         """Waits for the pending save, if there is one, and logs its result."""
@@ -254,6 +265,10 @@ class Checkpointer:
             f"before it is kept: {'; '.join(reasons) or repr(error)}"
         )
         self.log(f"warning: {self.failure}")
+        full = {errno.ENOSPC, errno.EDQUOT}
+        if dist.get_rank() == 0 and self.train_config["keep_last"]:
+            if full & {getattr(failure, "errno", None) for failure, _ in failures.values()}:
+                self.writer.prune(keep_last=1)  # room for the next
 
     def _state(self, rng_rank: int) -> dict[str, dict]:
         """Returns the tensors of model and optimizer themselves, and copies of the random states.

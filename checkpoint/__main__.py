@@ -95,8 +95,12 @@ def sample(path: str, prompt: str, tokens: int, temperature: float, seed: int) -
         raise ValueError(f"the tokenizer of {path} is unknown; copy its files into {folder}")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.copy(name, folder)
-        codec = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    inputs = codec(prompt, return_tensors="pt")
+        try:
+            codec = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of many types: a file is missing or damaged
+            raise ValueError(f"the tokenizer {name} cannot be loaded: {error!r:.200}") from None
+    # As in training: no token before the text.
+    inputs = codec(prompt, return_tensors="pt", add_special_tokens=False)
     if not inputs["input_ids"].numel():
         raise ValueError(f"--prompt {prompt!r} has no token; give a text")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf()))

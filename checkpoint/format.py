@@ -43,11 +43,19 @@ class CheckpointError(ValueError):
 
 
 def checkpoints(path: str) -> list[str]:
-    """Returns the checkpoints of a run, the newest first; or `path` itself if it is one."""
+    """Returns the checkpoints of a run, the newest first; or `path` itself if it is one.
+
+    Raises CheckpointError if the run's folder cannot be read.
+    """
     path = os.path.normpath(path)
     if re.fullmatch(STEP_NAME, os.path.basename(path)):
         return [path] if os.path.isdir(path) else []
-    names = os.listdir(path) if os.path.isdir(path) else []
+    try:
+        names = os.listdir(path) if os.path.isdir(path) else []
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); make it readable"
+        ) from None
     steps = sorted((name for name in names if re.fullmatch(STEP_NAME, name)), reverse=True)
     return [os.path.join(path, name) for name in steps]
 
@@ -153,6 +161,8 @@ class Writer(dcp.FileSystemWriter):
         # Training waits for the copy to host memory, so its pinned buffers are kept.
         super().__init__("", cache_staged_state_dict=torch.cuda.is_available())
         self.keep_last, self.log = keep_last, log
+        self.newest = ""  # the path of this run's newest checkpoint
+        self.damaged: set[str] = set()  # paths of others, which `keep_last` does not count
         self.manifest: dict[str, Any] = {}  # the next checkpoint's, without its files
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
@@ -201,12 +211,21 @@ class Writer(dcp.FileSystemWriter):
             remove(path)
         os.rename(temporary, path)
         _sync(os.path.dirname(path))
+        self.newest = path
+        self.damaged.discard(path)
         if self.keep_last:
-            run = checkpoints(os.path.dirname(path))
-            for older in run[run.index(path) :][self.keep_last :]:
+            self.prune(self.keep_last)
+
+    def prune(self, keep_last: int) -> None:
+        """Removes older checkpoints than the newest, except that the last complete ones stay."""
+        run = checkpoints(os.path.dirname(self.newest)) if self.newest else []
+        run = run[run.index(self.newest) :] if self.newest in run else []
+        kept = [path for path in run if path not in self.damaged][:keep_last]
+        for path in run:
+            if path not in kept:
                 try:
-                    remove(older)
-                except (CheckpointError, OSError) as error:  # the new one is complete anyway
+                    remove(path)
+                except (CheckpointError, OSError) as error:  # the newest is complete anyway
                     self.log(f"warning: not removed: {error}")
 
 

@@ -80,6 +80,8 @@ def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
                 f"output_dir of a run, or one step-... folder in it"
             )
         return found, False
+    if _began_with(own, resume):
+        return own, True
     found = checkpoints(resume)
     if not found:
         raise CheckpointError(
@@ -93,6 +95,16 @@ def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
             f"is {own[0]}; give another output_dir, or set resume='auto' to resume from it"
         )
     return found, True
+
+
+def _began_with(own: list[str], resume: str) -> bool:
+    """Returns whether a run's newest checkpoint is of a run with this `resume`."""
+    for path in own:
+        try:
+            return read_manifest(path)["config"]["train_config"]["resume"] == resume
+        except CheckpointError:
+            continue  # `Checkpointer.resume` warns of it
+    return False
 
 
 def find_weights(config: dict[str, Any]) -> list[str]:

@@ -223,9 +223,12 @@ def read_prepared(folder: str, checked_bytes: float) -> Corpus:
                 f"{path} has {size:,} bytes, but meta.json gives {counts[name]:,} x "
                 f"{item.itemsize}; {again}"
             )
-        if size <= checked_bytes and sha256(path) != checksums[name]:
-            raise ValueError(f"{path} does not match its checksum in meta.json; {again}")
-        arrays[name] = np.asarray(np.memmap(path, item, mode="r"))  # memmap slices are slow
+        try:
+            if size <= checked_bytes and sha256(path) != checksums[name]:
+                raise ValueError(f"{path} does not match its checksum in meta.json; {again}")
+            arrays[name] = np.asarray(np.memmap(path, item, mode="r"))  # memmap slices are slow
+        except OSError as error:
+            raise _unreadable(error) from None
     tokens, starts = arrays["tokens.bin"], arrays["offsets.bin"]
     if starts[0] != 0 or starts[-1] != len(tokens) or (starts[1:] < starts[:-1]).any():
         raise ValueError(f"{folder}/offsets.bin does not rise from 0 to {len(tokens)}; {again}")

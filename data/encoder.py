@@ -75,6 +75,12 @@ class Encoder:
             ids = self._ids(texts)
             if not self.allow_lossy:
                 self._check_decoded(texts[0][:DECODED_CHARACTERS])
+                if any(self.end_of_text_id in document for document in ids):
+                    raise ValueError(
+                        f"--tokenizer {self.name} encodes {self.tokenizer.eos_token!r} inside a "
+                        f"document as the end-of-text token; use another, remove that from the "
+                        f"texts, or accept it with --allow-lossy-tokenizer"
+                    )
         tokens = [np.append(np.asarray(i, dtype=np.int64), self.end_of_text_id) for i in ids]
         largest = max(document.max() for document in tokens)
         if largest >= self.vocab_size:

@@ -170,8 +170,10 @@ def _lock(partial: str) -> TextIO:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
         locked = _is_at_its_path(lock)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         locked = False
+    except OSError:  # a file system without locks
+        locked = True
     if not locked:
         lock.close()
         raise ValueError(f"another process writes {partial}; give another --output")
@@ -366,7 +368,9 @@ def main(arguments: list[str]) -> None:
         help="leave out documents that are empty, null, invalid or not UTF-8, and count them",
     )
     command.add_argument(
-        "--allow-lossy-tokenizer", action="store_true", help="accept a T that changes text"
+        "--allow-lossy-tokenizer",
+        action="store_true",
+        help="accept a T that changes text, or finds the end-of-text token inside a document",
     )
     command.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="default: one per core"

@@ -125,14 +125,16 @@ class Watchdog:
         self.timer.join()
 
     def _give_up(self, what: str) -> None:
-        print(
-            f"error: {what} is not done after {self.seconds:g} s (train_config.step_timeout); rank "
-            f"{rank()} is at:",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback()
-        os._exit(1)
+        try:  # the disk of the log may be what hangs, or is full
+            print(
+                f"error: {what} is not done after {self.seconds:g} s (train_config.step_timeout); "
+                f"rank {rank()} is at:",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback()
+        finally:
+            os._exit(1)
 
 
 def exit_with(error: Exception) -> NoReturn:

@@ -208,7 +208,8 @@ def test_a_restarted_run_resumes_and_run_sh_exits_with_0_on_sigterm(undisturbed,
         os.kill(int(workers[-1]), signal.SIGKILL)
         wait_for(f"resume: {output_dir}/step-")
         wait_for("step: 7/")
-        os.kill(int(launcher), signal.SIGUSR1)  # of a scheduler that signals all processes
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # of a scheduler that signals all processes
+            os.kill(int(launcher), number)
         running.send_signal(signal.SIGTERM)
         said += running.stdout
         assert running.wait() == 0, "".join(said)
@@ -414,6 +415,13 @@ def test_a_rank_that_hangs_ends_the_run_with_the_step_named(start, tmp_path):
     step = read_metrics(tmp_path / "run")[-1]["step"] + 1
     assert f"error: step {step} is not done after 4 s (train_config.step_timeout)" in hanging.said
     assert "rank 0 is at:" in hanging.said and "in train" in hanging.said
+
+
+def test_the_watchdog_ends_a_process_whose_log_cannot_be_written():
+    hang = "from support import process; import signal; process.Watchdog(0).watch('a step'); "
+    code = [sys.executable, "-c", hang + "signal.pause()"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(code, cwd=ROOT, stderr=full).returncode == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(start, tmp_path):
@@ -660,6 +668,82 @@ def test_a_folder_or_link_that_no_run_made_stays_as_it_is(config, cp_group, tmp_
     assert {"hf", "notes.txt", "manifest.json"} < set(os.listdir(notes[3]))
     steps = [Path(path).name for path in checkpoints(str(output_dir))]
     assert steps == ["step-00000007", "step-00000006", "step-00000003"], "keep_last=2"
+
+
+def steps_in(output_dir) -> list[int]:
+    return [int(path[-8:]) for path in checkpoints(str(output_dir))]
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_complete_one(config, cp_group, tmp_path):
+    checkpointer = build(tmp_path, "train_config.checkpoint_interval=1", "train_config.keep_last=0")
+    for step in range(1, 5):
+        checkpointer.after_step(step, stop=True)
+    (tmp_path / "step-00000004" / "manifest.json").write_text("{")
+    checkpointer = build(tmp_path, "train_config.keep_last=2")
+    assert checkpointer.resume() == 3
+    checkpointer.after_step(5, stop=True)
+    assert steps_in(tmp_path) == [5, 3], "keep_last=2"
+
+
+def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_newest(
+    config, cp_group, small_disk, capsys
+):
+    """Also after a start, and if the disk is full at the end of the run."""
+    output_dir = small_disk / "run"
+    checkpointer = build(output_dir, "train_config.checkpoint_interval=1")
+    checkpointer.after_step(1, stop=True)
+    size = sum(file.stat().st_size for file in (output_dir / "step-00000001").iterdir())
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(free - size * 3 // 2))
+    checkpointer.after_step(2, stop=True)
+    assert steps_in(output_dir) == [2, 1]
+    checkpointer = build(output_dir, "train_config.checkpoint_interval=1")
+    assert checkpointer.resume() == 2
+    checkpointer.after_step(3, stop=True)
+    assert steps_in(output_dir) == [3, 2]
+    assert capsys.readouterr().out.count("step-00000003 could not be written") == 1
+    checkpointer.after_step(4, stop=False)
+    checkpointer.wait_for_save()
+    assert steps_in(output_dir) == [3]
+    assert all(find_damage(path) == "" for path in checkpoints(str(output_dir)))
+
+
+def test_a_full_disk_removes_no_checkpoint_of_another_run(config, cp_group, small_disk):
+    for step in (1, 2):
+        build(small_disk / "a", "train_config.checkpoint_interval=1").after_step(step, stop=True)
+    (small_disk / "b").mkdir()
+    path = f"train_config.resume={small_disk / 'a'}"
+    checkpointer = build(small_disk / "b", path, "train_config.checkpoint_interval=1")
+    assert checkpointer.resume() == 2
+    fill(small_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpointer.after_step(3, stop=True)
+    assert steps_in(small_disk / "a") == [2, 1]
+
+
+def test_the_command_that_begins_a_branch_resumes_it(config, cp_group, tmp_path):
+    for step in (1, 2):
+        build(tmp_path / "a").after_step(step, stop=True)
+    (tmp_path / "b").mkdir()
+    command = f"train_config.resume={tmp_path / 'a/step-00000001'}"
+    for first, last in ((1, 2), (2, 4)):
+        checkpointer = build(tmp_path / "b", command)
+        assert checkpointer.resume() == first
+        checkpointer.after_step(last, stop=True)
+    shutil.rmtree(tmp_path / "a")
+    assert build(tmp_path / "b", command).resume() == 4
+    other = build(tmp_path / "b", f"train_config.resume={tmp_path / 'b/step-00000002'}")
+    with pytest.raises(CheckpointError, match="the newest checkpoint in train_config.output_dir"):
+        other.resume()
+
+
+def test_a_folder_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(path):  # root, as whom tests may run, can read all folders
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\); make it"):
+        checkpoints(str(tmp_path))
 
 
 @pytest.mark.parametrize("moved", ["an old one", "the newest, which is damaged"])

@@ -564,6 +564,17 @@ def test_a_damaged_folder_is_refused(numbers, damage, sentence):
     assert "prepare the corpus again" in str(error.value)
 
 
+def test_a_folder_that_cannot_be_read_is_one_sentence(numbers, monkeypatch):
+    def refuse(path):  # root, as whom tests may run, can read all files
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(corpus, "sha256", refuse)
+    with pytest.raises(
+        ValueError, match=r"tokens.bin cannot be read \(Permission denied\); make it"
+    ):
+        open_data(numbers, vocab_size=1000)
+
+
 def test_what_a_start_leaves_unchecked_is_found_by_verify_or_when_it_is_read(numbers, monkeypatch):
     """Large files are not read whole at the start; a token beyond the vocabulary is seen anyway."""
     monkeypatch.setattr(corpus, "CHECKED_BYTES", 100)

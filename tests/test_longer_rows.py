@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import ROOT, open_data, read_metrics, run
@@ -90,6 +92,27 @@ def test_sample_writes_what_transformers_writes_from_the_exported_folder(longer,
         sample(f"{folder}/4096", "import ", tokens=40, temperature=1.0, seed=seed)
         outputs.add(capsys.readouterr().out)
     assert len(outputs) == 2
+
+
+def test_sample_adds_no_token_to_the_prompt(longer, capsys, tmp_path):
+    """Training has none there, so the tokenizer's template, here </s> behind it, is left out."""
+    folder, _ = longer
+    sample(f"{folder}/4096", "import ", tokens=20, temperature=0.0, seed=0)
+    expected = capsys.readouterr().out
+    shutil.copytree(folder / "4096", tmp_path / "run")
+    path = tmp_path / "run/tokenizer/tokenizer.json"
+    codec = tokenizers.Tokenizer.from_file(str(path))
+    end = codec.id_to_token(1)
+    codec.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, 1)]
+    )
+    assert codec.encode("import ").ids[-1] == 1
+    codec.save(str(path))
+    sample(str(tmp_path / "run"), "import ", tokens=20, temperature=0.0, seed=0)
+    assert capsys.readouterr().out == expected
+    path.write_text("{")
+    with pytest.raises(ValueError, match="the tokenizer .* cannot be loaded: "):
+        sample(str(tmp_path / "run"), "import ", tokens=1, temperature=0.0, seed=0)
 
 
 def test_a_checkpoint_without_a_tokenizer_or_a_prompt_without_tokens_is_one_sentence(

@@ -1,6 +1,7 @@
 """`python -m data prepare`: what the folder holds, for every kind of input, and what is refused."""
 
 import contextlib
+import errno
 import fcntl
 import gzip
 import json
@@ -340,6 +341,30 @@ def test_a_tokenizer_that_loses_text_is_noticed_and_can_be_accepted(tmp_path, mo
     (tmp_path / "text.txt").write_text("known words")
     prepare(arguments[0], tmp_path / "known", arguments[2], end_of_text="<end>")
     assert prepared_documents(tmp_path / "known") == [[0, 1, 3]]
+
+
+def test_an_end_of_text_token_inside_a_text_is_noticed_and_can_be_accepted(tmp_path):
+    """As by SentencePiece's Unigram: here the model's own vocabulary has the token too."""
+    words = {"known": 0, "words": 1, "<unk>": 2, "<end>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("known <end> words")
+    arguments = [[tmp_path / "text.txt"], tmp_path / "out", tmp_path / "tokenizer.json"]
+    with pytest.raises(ValueError, match="encodes '<end>' inside a document as the end-of-text"):
+        prepare(*arguments, end_of_text="<end>")
+    prepare(*arguments, end_of_text="<end>", allow_lossy_tokenizer=True)
+    assert prepared_documents(tmp_path / "out") == [[0, 3, 1, 3]]
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    (tmp_path / "text.txt").write_text("text")
+    prepare([tmp_path / "text.txt"], tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]
 
 
 def test_code_that_comes_with_a_tokenizer_never_runs(tmp_path):
