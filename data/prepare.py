@@ -169,12 +169,12 @@ def _lock(partial: str) -> TextIO:
     lock = open(path, "a")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
-        locked = _is_at_its_path(lock)
+        locked = True
     except (BlockingIOError, PermissionError):
         locked = False
     except OSError:  # a file system without locks
         locked = True
-    if not locked:
+    if not locked or not _is_at_its_path(lock):
         lock.close()
         raise ValueError(f"another process writes {partial}; give another --output")
     return lock
@@ -182,9 +182,10 @@ def _lock(partial: str) -> TextIO:
 
 def _is_at_its_path(lock: TextIO) -> bool:
     """Returns False once another process has renamed or removed the file that was opened."""
-    return os.path.exists(lock.name) and os.path.samestat(
-        os.fstat(lock.fileno()), os.stat(lock.name)
-    )
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+    except FileNotFoundError:
+        return False
 
 
 def _empty(partial: str) -> None:
