@@ -114,7 +114,8 @@ class Checkpointer:
         timeout = timedelta(seconds=2 * self.train_config["step_timeout"])
         self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.saving = None  # the future of the pending save
-        self.failure, self.ever_failed = "", False  # the last save's error; whether any save failed
+        self.failure, self.disk_is_full = "", False  # of the last save
+        self.ever_failed = False  # whether any save failed
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
@@ -217,7 +218,7 @@ class Checkpointer:
         self._begin_save(step)
         if stop or step == self.train_config["train_iters"]:
             self.wait_for_save()
-            if self.failure:  # there may be room now
+            if self.disk_is_full:  # it may have room now
                 self._begin_save(step)
                 self.wait_for_save()
             if self.failure:
@@ -252,7 +253,7 @@ class Checkpointer:
         error, self.saving = self.saving.exception(), None
         temporary = os.fspath(self.writer.path)
         if error is None:
-            self.failure = ""
+            self.failure, self.disk_is_full = "", False
             self.log(f"saved: {temporary.removesuffix('.tmp')}")
             return
         self.ever_failed = True
@@ -265,10 +266,10 @@ class Checkpointer:
             f"before it is kept: {'; '.join(reasons) or repr(error)}"
         )
         self.log(f"warning: {self.failure}")
-        full = {errno.ENOSPC, errno.EDQUOT}
-        if dist.get_rank() == 0 and self.train_config["keep_last"]:
-            if full & {getattr(failure, "errno", None) for failure, _ in failures.values()}:
-                self.writer.prune(keep_last=1)  # room for the next
+        numbers = {getattr(failure, "errno", None) for failure, _ in failures.values()}
+        self.disk_is_full = bool(numbers & {errno.ENOSPC, errno.EDQUOT})
+        if self.disk_is_full and self.train_config["keep_last"] and dist.get_rank() == 0:
+            self.writer.prune(keep_last=1)
 
     def _state(self, rng_rank: int) -> dict[str, dict]:
         """Returns the tensors of model and optimizer themselves, and copies of the random states.
