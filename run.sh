@@ -64,7 +64,7 @@ done
 # Without stdin: whatever asks the terminal in this process group would be stopped.
 set -m # a process group of its own: the terminal's Ctrl-C does not reach torchrun
 python -m support.launch "${rendezvous[@]}" --max-restarts "$max_restarts" \
-  --signals-to-handle SIGINT,SIGQUIT main.py "$@" </dev/null &
+  --signals-to-handle SIGTERM,SIGINT,SIGQUIT main.py "$@" </dev/null &
 launcher=$!
 set +m
 if ((nodes > 1)); then

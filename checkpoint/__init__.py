@@ -27,7 +27,6 @@ from .format import (
     CheckpointError,
     Reader,
     Writer,
-    checkpoints,
     find_damage,
     read_manifest,
     remove_leftovers,
@@ -127,7 +126,8 @@ class Checkpointer:
         """Loads the newest complete checkpoint that `find` returns; returns its step.
 
         Without one, and if it only begins a new run, it returns 0. It sets the config's
-        "first_row", the row of the data with which the run began.
+        "first_row", the row of the data with which the run began, and "branch_of", the path of the
+        checkpoint or run with which a branch began.
         Raises CheckpointError if all checkpoints are damaged, or if the config does not fit.
         """
         found = [None]
@@ -145,9 +145,13 @@ class Checkpointer:
         if not path:
             self.config["first_row"] = 0
             return 0
-        self.writer.damaged = {os.path.abspath(x) for x in paths[: paths.index(path)]}
-        if path in checkpoints(self.train_config["output_dir"]):
-            self.writer.newest = os.path.abspath(path)
+        output_dir = self.train_config["output_dir"]
+        is_own = os.path.samefile(os.path.dirname(os.path.abspath(path)), output_dir)
+        if is_own:
+            folder = os.path.abspath(output_dir)
+            names = [os.path.basename(x) for x in paths[: paths.index(path) + 1]]
+            *damaged, self.writer.newest = [os.path.join(folder, name) for name in names]
+            self.writer.damaged = {*damaged}
         manifest = read_manifest(path)
         if not resumes:
             self._continue(path, manifest)
@@ -166,7 +170,10 @@ class Checkpointer:
             )
         self._load(path, manifest)
         self._load_schedule(manifest)
-        self.config["first_row"] = manifest["config"].get("first_row", 0)
+        saved = manifest["config"]
+        self.config["first_row"] = saved.get("first_row", 0)
+        origin = os.path.realpath(self.train_config["resume"])
+        self.config["branch_of"] = saved.get("branch_of") if is_own else origin
         done = "; all its steps are done" if step == train_iters else ""
         self.log(f"resume: {path}, step {step} of {train_iters}{done}")
         return step
@@ -219,6 +226,7 @@ class Checkpointer:
         if stop or step == self.train_config["train_iters"]:
             self.wait_for_save()
             if self.disk_is_full:  # it may have room now
+                dist.barrier(group=self.group)  # rank 0 has removed the partial checkpoint
                 self._begin_save(step)
                 self.wait_for_save()
             if self.failure:
@@ -268,7 +276,8 @@ class Checkpointer:
         self.log(f"warning: {self.failure}")
         numbers = {getattr(failure, "errno", None) for failure, _ in failures.values()}
         self.disk_is_full = bool(numbers & {errno.ENOSPC, errno.EDQUOT})
-        if self.disk_is_full and self.train_config["keep_last"] and dist.get_rank() == 0:
+        keeps_all = not self.train_config["keep_last"] or self.stops_on_failure
+        if self.disk_is_full and not keeps_all and dist.get_rank() == 0:
             self.writer.prune(keep_last=1)
 
     def _state(self, rng_rank: int) -> dict[str, dict]:

@@ -16,6 +16,7 @@ CORPORA = ("data", "data_config.source", "data_config.validation_source")
 PLACE = (
     "machine.",
     "tokenizer.",
+    "branch_of",
     "train_config.output_dir",
     "train_config.resume",
     "train_config.continue_from",
@@ -98,10 +99,10 @@ def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
 
 
 def _began_with(own: list[str], resume: str) -> bool:
-    """Returns whether a run's newest checkpoint is of a run with this `resume`."""
+    """Returns whether a run, by its newest checkpoint, is a branch that began with `resume`."""
     for path in own:
         try:
-            return read_manifest(path)["config"]["train_config"]["resume"] == resume
+            return read_manifest(path)["config"].get("branch_of") == os.path.realpath(resume)
         except CheckpointError:
             continue  # `Checkpointer.resume` warns of it
     return False

@@ -1,7 +1,5 @@
 """torchrun for run.sh: it counts the GPUs, and an error of `exit_with` has no report behind it."""
 
-import contextlib
-import glob
 import logging
 import os
 import signal
@@ -13,24 +11,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 from .process import ERROR_CODE
-
-
-def pass_on(number: int, frame: object) -> None:
-    """Passes a signal on to the workers, which save and end; torchrun would kill them after 30
-    seconds. Without a worker yet, this process ends.
-    """
-    workers = []
-    for path in glob.glob("/proc/[0-9]*/stat"):
-        with contextlib.suppress(OSError), open(path) as file:
-            pid, rest = file.read().split(" (", 1)
-            if int(rest.rsplit(") ", 1)[1].split()[1]) == os.getpid():
-                workers.append(int(pid))
-    for worker in workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, number)
-    if not workers:
-        os._exit(128 + number)
-
 
 if __name__ == "__main__":
     gpus = torch.cuda.device_count()
@@ -45,8 +25,7 @@ if __name__ == "__main__":
     for name in ("api", "errors.error_handler"):
         logger = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
         logger.setLevel(logging.CRITICAL)
-    # `run.sh` sends signals to the workers. A scheduler may send them here too, and to the workers.
-    signal.signal(signal.SIGTERM, pass_on)
+    # `run.sh` sends these to the workers. If a scheduler also sends them here, they change nothing.
     for number in (signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: None)

@@ -125,7 +125,7 @@ class Watchdog:
         self.timer.join()
 
     def _give_up(self, what: str) -> None:
-        try:  # the disk of the log may be what hangs, or is full
+        try:  # the log's disk may be full
             print(
                 f"error: {what} is not done after {self.seconds:g} s (train_config.step_timeout); "
                 f"rank {rank()} is at:",

@@ -208,8 +208,7 @@ def test_a_restarted_run_resumes_and_run_sh_exits_with_0_on_sigterm(undisturbed,
         os.kill(int(workers[-1]), signal.SIGKILL)
         wait_for(f"resume: {output_dir}/step-")
         wait_for("step: 7/")
-        for number in (signal.SIGUSR1, signal.SIGTERM):  # of a scheduler that signals all processes
-            os.kill(int(launcher), number)
+        os.kill(int(launcher), signal.SIGUSR1)  # of a scheduler that signals all processes
         running.send_signal(signal.SIGTERM)
         said += running.stdout
         assert running.wait() == 0, "".join(said)
@@ -732,7 +731,11 @@ def test_the_command_that_begins_a_branch_resumes_it(config, cp_group, tmp_path)
         checkpointer.after_step(last, stop=True)
     shutil.rmtree(tmp_path / "a")
     assert build(tmp_path / "b", command).resume() == 4
-    other = build(tmp_path / "b", f"train_config.resume={tmp_path / 'b/step-00000002'}")
+    checkpointer = build(tmp_path / "b", "train_config.resume=auto")
+    assert checkpointer.resume() == 4
+    checkpointer.after_step(5, stop=True)
+    assert build(tmp_path / "b", f"{command}/").resume() == 5
+    other = build(tmp_path / "b", f"train_config.resume={tmp_path / 'b/step-00000004'}")
     with pytest.raises(CheckpointError, match="the newest checkpoint in train_config.output_dir"):
         other.resume()
 
