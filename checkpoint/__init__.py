@@ -145,13 +145,7 @@ class Checkpointer:
         if not path:
             self.config["first_row"] = 0
             return 0
-        output_dir = self.train_config["output_dir"]
-        is_own = os.path.samefile(os.path.dirname(os.path.abspath(path)), output_dir)
-        if is_own:
-            folder = os.path.abspath(output_dir)
-            names = [os.path.basename(x) for x in paths[: paths.index(path) + 1]]
-            *damaged, self.writer.newest = [os.path.join(folder, name) for name in names]
-            self.writer.damaged = {*damaged}
+        self.writer.damaged = {os.path.basename(x) for x in paths[: paths.index(path)]}
         manifest = read_manifest(path)
         if not resumes:
             self._continue(path, manifest)
@@ -172,8 +166,9 @@ class Checkpointer:
         self._load_schedule(manifest)
         saved = manifest["config"]
         self.config["first_row"] = saved.get("first_row", 0)
-        origin = os.path.realpath(self.train_config["resume"])
-        self.config["branch_of"] = saved.get("branch_of") if is_own else origin
+        run, resume = os.path.dirname(os.path.abspath(path)), self.train_config["resume"]
+        is_own = os.path.samefile(run, self.train_config["output_dir"])
+        self.config["branch_of"] = saved.get("branch_of") if is_own else os.path.realpath(resume)
         done = "; all its steps are done" if step == train_iters else ""
         self.log(f"resume: {path}, step {step} of {train_iters}{done}")
         return step
@@ -278,7 +273,7 @@ class Checkpointer:
         self.disk_is_full = bool(numbers & {errno.ENOSPC, errno.EDQUOT})
         keeps_all = not self.train_config["keep_last"] or self.stops_on_failure
         if self.disk_is_full and not keeps_all and dist.get_rank() == 0:
-            self.writer.prune(keep_last=1)
+            self.writer.prune(self.train_config["output_dir"], keep_last=1)
 
     def _state(self, rng_rank: int) -> dict[str, dict]:
         """Returns the tensors of model and optimizer themselves, and copies of the random states.

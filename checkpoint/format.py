@@ -161,8 +161,7 @@ class Writer(dcp.FileSystemWriter):
         # Training waits for the copy to host memory, so its pinned buffers are kept.
         super().__init__("", cache_staged_state_dict=torch.cuda.is_available())
         self.keep_last, self.log = keep_last, log
-        self.newest = ""  # the path of this run's newest checkpoint
-        self.damaged: set[str] = set()  # paths of others, which `keep_last` does not count
+        self.damaged: set[str] = set()  # names of checkpoints that `keep_last` does not count
         self.manifest: dict[str, Any] = {}  # the next checkpoint's, without its files
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
@@ -211,18 +210,16 @@ class Writer(dcp.FileSystemWriter):
             remove(path)
         os.rename(temporary, path)
         _sync(os.path.dirname(path))
-        self.newest = path
-        self.damaged.discard(path)
+        self.damaged.discard(os.path.basename(path))
         if self.keep_last:
-            self.prune(self.keep_last)
+            self.prune(os.path.dirname(path), self.keep_last)
 
-    def prune(self, keep_last: int) -> None:
-        """Removes older checkpoints than the newest, except that the last complete ones stay."""
-        run = checkpoints(os.path.dirname(self.newest)) if self.newest else []
-        run = run[run.index(self.newest) :] if self.newest in run else []
-        kept = [path for path in run if path not in self.damaged][:keep_last]
-        for path in run:
-            if path not in kept:
+    def prune(self, output_dir: str, keep_last: int) -> None:
+        """Removes checkpoints before the run's newest complete one; the last complete ones stay."""
+        run = checkpoints(output_dir)
+        complete = [path for path in run if os.path.basename(path) not in self.damaged]
+        for path in run[run.index(complete[0]) :] if complete else []:
+            if path not in complete[:keep_last]:
                 try:
                     remove(path)
                 except (CheckpointError, OSError) as error:  # the newest is complete anyway

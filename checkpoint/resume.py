@@ -100,12 +100,18 @@ def find(config: dict[str, Any], restarts: int) -> tuple[list[str], bool]:
 
 def _began_with(own: list[str], resume: str) -> bool:
     """Returns whether a run, by its newest checkpoint, is a branch that began with `resume`."""
-    for path in own:
+    _, manifest = _newest_manifest(own)
+    return bool(manifest) and manifest["config"].get("branch_of") == os.path.realpath(resume)
+
+
+def _newest_manifest(paths: list[str]) -> tuple[str, dict[str, Any]]:
+    """Returns the first of the checkpoints whose manifest can be read, and that; or "" and {}."""
+    for path in paths:
         try:
-            return read_manifest(path)["config"].get("branch_of") == os.path.realpath(resume)
+            return path, read_manifest(path)
         except CheckpointError:
             continue  # `Checkpointer.resume` warns of it
-    return False
+    return "", {}
 
 
 def find_weights(config: dict[str, Any]) -> list[str]:
@@ -126,13 +132,9 @@ def check_resume(config: dict[str, Any], restarts: int = 0) -> None:
     `continue_from`. It reads only manifests.
     """
     paths, resumes = find(config, restarts)
-    for path in paths:
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError:
-            continue  # `Checkpointer.resume` warns of it
+    path, manifest = _newest_manifest(paths)
+    if path:
         (config_changes if resumes else check_model)(path, manifest, config)
-        return
 
 
 def config_changes(

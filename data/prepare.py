@@ -166,15 +166,14 @@ def _lock(partial: str) -> TextIO:
                 f"{partial} is not a folder that an interrupted `prepare` left; move it, or give "
                 f"another --output"
             ) from None
-    lock = open(path, "a")
+    lock, is_taken = open(path, "a"), False
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
-        locked = True
     except (BlockingIOError, PermissionError):
-        locked = False
-    except OSError:  # a file system without locks
-        locked = True
-    if not locked or not _is_at_its_path(lock):
+        is_taken = True
+    except OSError:
+        pass  # a file system without locks
+    if is_taken or not _is_at_its_path(lock):
         lock.close()
         raise ValueError(f"another process writes {partial}; give another --output")
     return lock

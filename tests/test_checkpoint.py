@@ -684,6 +684,20 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_complete_one(config, cp_group,
     assert steps_in(tmp_path) == [5, 3], "keep_last=2"
 
 
+def test_a_damaged_checkpoint_counts_once_it_is_written_again(config, cp_group, tmp_path):
+    checkpointer = build(tmp_path, "train_config.checkpoint_interval=1", "train_config.keep_last=0")
+    for step in range(1, 6):
+        checkpointer.after_step(step, stop=True)
+    for step in (4, 5):
+        (tmp_path / f"step-{step:08}" / "manifest.json").write_text("{")
+    checkpointer = build(tmp_path, "train_config.keep_last=2")
+    assert checkpointer.resume() == 3
+    checkpointer.after_step(4, stop=True)
+    assert steps_in(tmp_path) == [5, 4, 3], "the run has not reached step 5 again"
+    checkpointer.after_step(6, stop=True)
+    assert steps_in(tmp_path) == [6, 4], "keep_last=2"
+
+
 def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_newest(
     config, cp_group, small_disk, capsys
 ):

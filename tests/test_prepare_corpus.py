@@ -54,6 +54,13 @@ def write_corpus(folder, lines_end="\n"):
     pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=2)
 
 
+def save_word_tokenizer(path, words: dict[str, int], unknown: str) -> None:
+    """Its tokens are the words between spaces."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=unknown))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+
+
 def prepare(inputs, output, tokenizer="bytes", **options) -> None:
     defaults = dict(field="text", end_of_text=None, skip_undecodable=False, processes=1)
     defaults["allow_lossy_tokenizer"] = False
@@ -211,9 +218,7 @@ def test_a_tokenizer_is_used_and_kept(tmp_path, tokenizer_json):
 @pytest.mark.parametrize("vocab_size, dtype", [(256, "uint8"), (257, "uint16"), (65_537, "uint32")])
 def test_tokens_take_the_smallest_type_that_holds_the_vocabulary(tmp_path, vocab_size, dtype):
     words = {str(i): i for i in range(vocab_size)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_word_tokenizer(tmp_path / "tokenizer.json", words, unknown="0")
     (tmp_path / "text.txt").write_text(f"1 {vocab_size - 1} 7")
     prepare([tmp_path / "text.txt"], tmp_path / "out", tmp_path / "tokenizer.json", end_of_text="2")
     tokens = np.fromfile(tmp_path / "out" / "tokens.bin", dtype=dtype)
@@ -327,9 +332,7 @@ def test_a_tokenizer_beyond_its_own_vocabulary_is_refused(tmp_path, monkeypatch,
 
 def test_a_tokenizer_that_loses_text_is_noticed_and_can_be_accepted(tmp_path, monkeypatch):
     words = {"known": 0, "words": 1, "<unk>": 2, "<end>": 3}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_word_tokenizer(tmp_path / "tokenizer.json", words, unknown="<unk>")
     (tmp_path / "text.txt").write_text("known words and others")
     arguments = [[tmp_path / "text.txt"], tmp_path / "out", tmp_path / "tokenizer.json"]
     with pytest.raises(ValueError) as error:
@@ -346,9 +349,7 @@ def test_a_tokenizer_that_loses_text_is_noticed_and_can_be_accepted(tmp_path, mo
 def test_an_end_of_text_token_inside_a_text_is_noticed_and_can_be_accepted(tmp_path):
     """As by SentencePiece's Unigram: here the model's own vocabulary has the token too."""
     words = {"known": 0, "words": 1, "<unk>": 2, "<end>": 3}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_word_tokenizer(tmp_path / "tokenizer.json", words, unknown="<unk>")
     (tmp_path / "text.txt").write_text("known <end> words")
     arguments = [[tmp_path / "text.txt"], tmp_path / "out", tmp_path / "tokenizer.json"]
     with pytest.raises(ValueError, match="encodes '<end>' inside a document as the end-of-text"):

@@ -321,19 +321,16 @@ class Streams:
         """Stands for `torch.cuda.stream`."""
         if not self.is_ordered:
             self.errors.append("copies do not wait for kernels that use the memory")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "copy_", self.queue)
-            yield
-        self.is_ordered = False
 
-    @property
-    def queue(self):
         def copy_(target, source, non_blocking):
             storages = [StorageWeakRef(x.untyped_storage()) for x in (target, source)]
             addresses = target.data_ptr(), source.data_ptr(), source.nbytes
             self.copies.append((storages, addresses))
 
-        return copy_
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", copy_)
+            yield
+        self.is_ordered = False
 
     def record_event(self) -> int:
         return len(self.copies)
